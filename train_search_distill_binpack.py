@@ -1,0 +1,1281 @@
+"""Search distillation on 3D bin packing: AlphaZero-style policy iteration on Jumanji's BinPack-v2.
+
+Every iteration, on the devices and inside one `pmap`:
+
+1. collect    A batch of episodes is played. At each state Gumbel MuZero search over the true dynamics improves the
+              policy network's distribution, and the search's action is taken.
+2. target     Policy: the search's action weights. Value: the Monte-Carlo return of the episode.
+3. distil     The network is trained on both: cross-entropy plus squared error. The next search starts from there.
+
+Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
+K searched actions, D model width, H attention heads, N simulations, M minibatch.
+
+    python train_search_distill_binpack.py preset=cpu               # two CPU cores
+    python train_search_distill_binpack.py                          # an accelerator
+    python train_search_distill_binpack.py --num_simulations 64 --seed 42 learning_rate=1e-4
+    python train_search_distill_binpack.py --help                   # every key, its default and its meaning
+"""
+
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+import optax
+import tqdm
+import wandb
+from jumanji.environments import BinPack
+from jumanji.environments.packing.bin_pack.types import Item, Observation, Space, State
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+METHOD = "search_distill"
+
+
+# ======================================================================================================================
+# Configuration
+# ======================================================================================================================
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
+NUM_ACTIONS = 800
+
+
+class Config(BaseModel):
+    """Every key of a run: type, limits, default and meaning stand here and nowhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # The run.
+    env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
+    seed: Seed = Field(0, description="seed of parameters, instances, search noise and shuffling")
+    max_num_iters: Count = Field(800, description="iterations of collecting and learning")
+    # Collection.
+    rollout_batch_size: Count = Field(1024, description="episodes an iteration, over all devices")
+    num_simulations: Count = Field(32, description="search simulations a decision")
+    leaf_value: Literal["network", "completion"] = Field(
+        "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
+    )
+    search_width: Annotated[int, Field(ge=1, le=NUM_ACTIONS)] = Field(
+        64, description="legal actions of highest prior that a search node keeps"
+    )
+    max_num_considered_actions: Count = Field(16, description="actions that sequential halving starts from at the root")
+    gumbel_scale: NotNegative = Field(1.0, description="scale of the Gumbel noise in collection (none in evaluation)")
+    value_scale: Positive = Field(1.0, description="scale of Q in the search's policy improvement")
+    maxvisit_init: NotNegative = Field(50.0, description="visits added to the largest visit count in the scale of Q")
+    rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
+    discount: Fraction = Field(1.0, description="discount of rewards, in search and in returns")
+    # Learning.
+    training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
+    num_epochs: Count = Field(1, description="passes over an iteration's decisions")
+    learning_rate: Positive = Field(1e-3, description="step size of Adam")
+    learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
+    max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
+    value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
+    permute_axes: bool = Field(True, description="permute the axes of each training sample at random, a symmetry")
+    # Network.
+    num_transformer_layers: Count = Field(4, description="transformer layers")
+    transformer_num_heads: Count = Field(4, description="attention heads H")
+    transformer_key_size: Count = Field(32, description="size of a head; the model width D is heads x key size")
+    transformer_mlp_units: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (256, 256), description="hidden units of a layer's MLP"
+    )
+    pair_units: Count = Field(32, description="units of the per-pair layer in the policy head")
+    # Evaluation, log and files.
+    eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
+    eval_batch_size: Count = Field(1024, description="evaluation instances")
+    eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
+    eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
+    eval_search_interval: CountOrZero = Field(
+        0, description="iterations between evaluations with search (0: only after the last iteration)"
+    )
+    save_dir: Folder = Field("./checkpoints", description="folder of all runs")
+    save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
+    resume: str = Field("", description="'auto' (this run's newest checkpoint, if any) or the path of a checkpoint")
+    overwrite: bool = Field(False, description="delete this run's earlier files and start again")
+    wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
+    compilation_cache_dir: str = Field(
+        "~/.cache/search-distill-binpack", description="folder for compiled programs (empty: no cache)"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("expected a value that is not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Self:
+        if self.training_batch_size > self.rollout_batch_size * MAX_DECISIONS:
+            raise ValueError(
+                f"training_batch_size={self.training_batch_size}: expected at most {MAX_DECISIONS} x rollout_batch_size"
+                f" = {self.rollout_batch_size * MAX_DECISIONS}, the decisions of one iteration; use"
+                f" training_batch_size={self.rollout_batch_size} or a larger rollout_batch_size"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite=true exclude each other; drop one of them")
+        return self
+
+    def run_dir(self) -> Path:
+        return Path(self.save_dir) / self.env_id / f"nsim_{self.num_simulations}" / f"seed_{self.seed}"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "cpu": dict(
+        max_num_iters=120,
+        rollout_batch_size=64,
+        num_simulations=4,
+        leaf_value="completion",
+        max_num_considered_actions=4,
+        training_batch_size=256,
+        num_epochs=2,
+        learning_rate=2e-3,
+        learning_rate_decay_iters=120,
+        num_transformer_layers=1,
+        transformer_num_heads=4,
+        transformer_key_size=16,
+        transformer_mlp_units=(128,),
+        eval_interval=10,
+        save_interval=10,
+    ),
+}
+
+
+# ======================================================================================================================
+# Command line (twin section: stands byte for byte in both training scripts)
+# ======================================================================================================================
+
+
+class UsageError(Exception):
+    """A mistake of the user: one line that says what was expected, what came and what to type instead."""
+
+
+def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: dict[str, dict]) -> tuple[Any, str]:
+    """Parses `key=value`, `--key value`, `--key=value` and `--some-key value` into (config, preset name).
+
+    Values follow YAML's grammar (OmegaConf). Raises `UsageError` for anything that does not fit.
+    """
+    fields = config_class.model_fields
+    overrides: dict[str, str] = {}
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        key, equals, raw = word.partition("=")
+        if key.startswith("--"):
+            key = key[2:].replace("-", "_")
+            is_switch = key in fields and fields[key].annotation is bool
+            if not equals and is_switch and (not queue or queue[0].lower() not in ("true", "false")):
+                raw = "true"
+            elif not equals:
+                if not queue:
+                    raise UsageError(f"{word}: expected a value after it, but the line ends; type {word} VALUE")
+                raw = queue.pop(0)
+        elif not equals:
+            raise UsageError(f"expected key=value or --key value, got '{word}'; --help lists the keys")
+        if key != "preset" and key not in fields:
+            near = difflib.get_close_matches(key, ["preset", *fields], n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
+            raise UsageError(f"unknown key '{key}'; {hint}")
+        if key in overrides:
+            raise UsageError(f"{key} is given twice, as {overrides[key]!r} and {raw!r}; keep one of them")
+        overrides[key] = raw
+
+    preset = overrides.pop("preset", "full")
+    if preset not in presets:
+        raise UsageError(f"preset={preset}: expected one of {', '.join(presets)}; type preset=cpu")
+    values = presets[preset] | {key: _parse_value(key, raw, fields[key].annotation) for key, raw in overrides.items()}
+    try:
+        return config_class(**values), preset
+    except ValidationError as error:
+        raise UsageError(_one_line(error, fields, overrides)) from None
+
+
+def _parse_value(key: str, raw: str, annotation: Any) -> Any:
+    """One value in YAML's grammar; text stays as typed, integers are decimal, and (1,2) is a list too."""
+    if annotation is str or re.fullmatch(r"[+-]?\d+", raw):
+        return raw
+    if re.fullmatch(r"\(.*\)", raw):
+        raw = f"[{raw[1:-1].rstrip(',')}]"
+    try:
+        value = OmegaConf.from_dotlist([f"{key}={raw}"])[key]
+    except Exception:  # YAML and OmegaConf raise errors of many classes for text that they cannot read.
+        return raw
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _one_line(error: ValidationError, fields: dict, overrides: dict[str, str]) -> str:
+    """The first problem that pydantic found, in words that say what to type."""
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should be", "expected").split(", unable to parse")[0]
+    if not first["loc"]:
+        return reason
+    key = first["loc"][0]
+    return f"{key}={overrides.get(key)}: {reason}; for example {key}={_as_typed(fields[key].default)}"
+
+
+def _as_typed(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(map(_as_typed, value)) + "]"
+    return str(value)
+
+
+def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict]) -> str:
+    """The script's docstring, every key with type, default and meaning, and the presets."""
+    lines = [doc.strip(), "", "Keys, as key=value or --key value (type, default, meaning):", ""]
+    for key, field in config_class.model_fields.items():
+        kind = getattr(field.annotation, "__name__", "choice")
+        if kind == "Literal" or kind == "choice":
+            kind = "|".join(map(str, get_args(field.annotation)))
+        default = _as_typed(field.default) or "''"
+        lines.append(f"  {key:28} {kind:18} {default:32} {field.description}")
+    lines += ["", "Presets, as preset=NAME; single keys still override them:", ""]
+    for name, values in presets.items():
+        words = " ".join(f"{key}={_as_typed(value)}" for key, value in values.items())
+        lines.append(f"  {name:6} {words or 'the defaults above'}")
+    return "\n".join(lines)
+
+
+# ======================================================================================================================
+# Environment (twin section: stands byte for byte in both training scripts)
+# ======================================================================================================================
+
+class FastBinPack(BinPack):
+    """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop.
+
+    Jumanji adds the pieces of cut EMSs one by one, in 240 dependent steps. Which pieces survive has a closed form,
+    because inclusion is transitive and pieces cut in different directions never contain each other.
+    Actions may be given flat, as `ems * I + item`.
+    """
+
+    @property
+    def num_items(self) -> int:
+        return self.generator.max_num_items
+
+    @property
+    def num_actions(self) -> int:
+        return self.obs_num_ems * self.num_items
+
+    def step_flat(self, state: State, action: jax.Array) -> tuple[State, Any]:
+        """`step` with a flat action, an int32 scalar in [0, A). A state without legal actions absorbs any action:
+        the state stays as it is and the reward is 0."""
+        return self.step(state, jnp.stack([action // self.num_items, action % self.num_items]))
+
+    def _update_ems(self, state: State, item_id: jax.Array) -> State:
+        """Replaces Jumanji's method of this name: same arguments, same result, same slot for every EMS."""
+        lower = jnp.stack([state.ems.x1, state.ems.y1, state.ems.z1])  # [3, E], as all [3, E] below: axis, slot.
+        upper = jnp.stack([state.ems.x2, state.ems.y2, state.ems.z2])
+        location = jnp.stack([axis[item_id] for axis in state.items_location])
+        item = jnp.stack([location, location + jnp.stack([axis[item_id] for axis in state.items])], 1)  # [3, 2]
+        num_ems = lower.shape[1]
+
+        overlaps = (jnp.maximum(lower, item[:, :1]) < jnp.minimum(upper, item[:, 1:])).all(0)
+        hit = state.ems_mask & overlaps
+        kept = state.ems_mask & ~overlaps
+
+        # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
+        # Sets of EMSs are bit masks, [..., W] words, which makes the 40 x 40 comparisons cheap to combine:
+        # inside[f, j] holds the EMSs k that j does not reach out of on side f, around[f, j] those that j surrounds.
+        sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
+        inside = _pack_bits(sides[:, :, None] >= sides[:, None, :])  # [6, E, W]
+        around = _pack_bits(sides[:, :, None] <= sides[:, None, :])
+        moved = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
+        inside, around = (_and_of_others(x)[moved] for x in (inside, around))
+
+        plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # A candidate lies below it, in sides' signs.
+        candidate = hit & (sides < plane)  # [6, E], not empty
+        candidates = _pack_bits(candidate)[:, None]  # [6, 1, W]
+        kept_around = _pack_bits(kept & (plane <= -sides[moved]))[:, None]  # Reach as far as the plane.
+        earlier = _pack_bits(np.tri(num_ems, k=-1, dtype=bool))  # [E, W]
+        first = _pack_bits(np.arange(num_ems) == 0)  # [W]
+
+        candidate &= ~(inside & ~around & candidates).any(-1)  # Strictly inside another one.
+        twins = inside & around & candidates & earlier  # Earlier candidates that are equal.
+        inside_kept = inside & kept_around
+        accepted = (candidate & ~(twins | inside_kept).any(-1)).reshape(-1)  # [6E], in Jumanji's order
+
+        # The i-th accepted candidate takes the i-th free slot.
+        rank = jnp.cumsum(accepted)  # [6E], 1 for the first.
+        free_rank = jnp.cumsum(~kept)  # [E]
+        source = (rank[None] < free_rank[:, None]).sum(1)  # [E]: index of the candidate with this rank.
+        filled = ~kept & (free_rank <= rank[-1])
+
+        # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
+        # contains it; if one of them is not inside the first occupant of slot 0, the last of them ends there.
+        order = jnp.arange(6 * num_ems)
+        num_free = free_rank[-1]
+        late = (rank - accepted) >= num_free  # The buffer was full when its turn came.
+        placed = accepted & ~late
+        took_first = placed & (rank == 1) & ~kept[0]
+        elsewhere = _pack_bits((placed & ~took_first).reshape(6, num_ems))[:, None]
+        in_other = ((inside_kept & ~first) | (twins & elsewhere)).any(-1)
+        in_first = ((inside_kept & first) | (twins & _pack_bits(took_first.reshape(6, num_ems))[:, None])).any(-1)
+        counts = late & (candidate & ~in_other).reshape(-1)
+        not_in_first = ~in_first.reshape(-1)
+        last = jnp.max(jnp.where(counts, order, -1))
+        overwritten = (counts & not_in_first).any()
+        source = source.at[0].set(jnp.where(overwritten, last, source[0]))
+        filled = filled.at[0].set(filled[0] | overwritten)
+
+        slot, face = source % num_ems, source // num_ems
+        bounds = {}
+        for axis, name in enumerate("xyz"):
+            new_lower = jnp.where(face == 2 * axis + 1, item[axis, 1], lower[axis, slot])
+            new_upper = jnp.where(face == 2 * axis, item[axis, 0], upper[axis, slot])
+            bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
+            bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
+        state.ems = Space(**bounds)
+        state.ems_mask = kept | filled
+        return state
+
+
+def _pack_bits(x: jax.Array) -> jax.Array:
+    """Bool [..., n] -> uint32 [..., ceil(n / 20)], 20 bits a word (two words for 40 EMSs, without padding)."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 20)]).reshape(*x.shape[:-1], -1, 20)
+    return (x.astype(jnp.uint32) << jnp.arange(20, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+
+def _and_of_others(x: jax.Array) -> jax.Array:
+    """[n, ...] -> [n, ...]: entry i is the bitwise and of all entries but i."""
+    rest = [[x[j] for j in range(len(x)) if j != i] for i in range(len(x))]
+    return jnp.stack([functools.reduce(jnp.bitwise_and, arrays) for arrays in rest])
+
+
+def is_decision(observation: Observation) -> jax.Array:
+    """Whether any action is legal, shape [...]. BinPack ends exactly when none is."""
+    return observation.action_mask.any((-2, -1))
+
+
+def legal_actions(observation: Observation) -> jax.Array:
+    """Legal flat actions, bool [..., A]. A finished row gets entry 0, so that no row is empty."""
+    mask = observation.action_mask.reshape(*observation.action_mask.shape[:-2], -1)
+    first = jnp.arange(mask.shape[-1]) == 0
+    return mask | (first & ~mask.any(-1, keepdims=True))
+
+
+def permute_axes(observation: Observation, permutation: jax.Array) -> Observation:
+    """Relabels the axes of an observation by one of the six permutations, int [] in [0, 6).
+
+    The task is symmetric under it in normalised coordinates: legal actions, their order and rewards stay the same.
+    """
+    axes = jnp.array(list(itertools.permutations(range(3))))[permutation]
+    ems, items = observation.ems, observation.items
+    lower = jnp.stack([ems.x1, ems.y1, ems.z1])[axes]
+    upper = jnp.stack([ems.x2, ems.y2, ems.z2])[axes]
+    ems = Space(x1=lower[0], x2=upper[0], y1=lower[1], y2=upper[1], z1=lower[2], z2=upper[2])
+    return observation._replace(ems=ems, items=Item(*jnp.stack(items)[axes]))
+
+
+# ======================================================================================================================
+# Network (twin section: stands byte for byte in both training scripts)
+# ======================================================================================================================
+
+MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
+
+
+class Attention(hk.Module):
+    """Multi-head attention with an additive bias of the logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018)."""
+
+    def __init__(self, num_heads: int, key_size: int, name: str):
+        super().__init__(name=name)
+        self.num_heads, self.key_size = num_heads, key_size
+
+    def __call__(self, query: jax.Array, memory: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """query [..., n, D], memory [..., m, D], mask [..., n or 1, m], bias [..., n, m, H] -> [..., n, D].
+
+        A row that may look at nothing gets zeros.
+        """
+        width = self.num_heads * self.key_size
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            return hk.Linear(width, name=name)(x).reshape(*x.shape[:-1], self.num_heads, self.key_size)
+
+        q, k, v = project(query, "query"), project(memory, "key"), project(memory, "value")
+        logits = jnp.einsum("...nhd,...mhd->...hnm", q, k) / math.sqrt(self.key_size)
+        if bias is not None:
+            logits += jnp.moveaxis(bias, -1, -3)
+        weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
+        mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, v).reshape(*query.shape[:-1], width)
+        return hk.Linear(width, name="out")(mixed) * mask.any(-1, keepdims=True)
+
+
+def _norm(x: jax.Array, name: str) -> jax.Array:
+    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
+
+
+class PackingNetwork(hk.Module):
+    """Transformer over EMS and item tokens with a policy over their pairs and a bounded value.
+
+    Spaces and items attend to their own kind, then to each other along legal actions. Exact fits are what full
+    packings are made of, and no bilinear form of embeddings can see them; so the relations of each (space, item)
+    pair are given to the cross-attention, as a bias, and to the policy head.
+    """
+
+    def __init__(self, config: BaseModel, name: str = "packing_network"):
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
+        """Observation with leading dimensions [...] -> masked logits [..., A] and value [...], an estimate of the
+        volume still to be packed: at most that of the unplaced items, 0 where no action is legal."""
+        config = self.config
+        width = config.transformer_num_heads * config.transformer_key_size
+        ems, legal = observation.ems, observation.action_mask
+        lower = jnp.stack([ems.x1, ems.y1, ems.z1], -1)  # [..., E, 3]
+        upper = jnp.stack([ems.x2, ems.y2, ems.z2], -1)
+        space = upper - lower
+        item = jnp.stack(list(observation.items), -1)  # [..., I, 3]
+        waiting = observation.items_mask & ~observation.items_placed  # [..., I]
+        space_volume, item_volume = space.prod(-1), item.prod(-1)
+        unplaced = (item_volume * waiting).sum(-1)  # [...]
+
+        left = jnp.broadcast_to(unplaced[..., None, None], (*space.shape[:-1], 1))
+        spaces = hk.Linear(width, name="embed_ems")(
+            jnp.concatenate([lower, upper, space, jnp.cbrt(space_volume)[..., None], space_volume[..., None], left], -1)
+        )
+        left = left[..., : item.shape[-2], :]
+        items = hk.Linear(width, name="embed_items")(
+            jnp.concatenate([item, jnp.cbrt(item_volume)[..., None], item_volume[..., None], left], -1)
+        )
+        pairs = _space_item_relations(space, item, space_volume, item_volume, waiting, legal)  # [..., E, I, F]
+        same = _item_item_relations(item)  # [..., I, I, F']
+
+        ems_mask, item_mask = observation.ems_mask[..., None, :], waiting[..., None, :]
+        heads = config.transformer_num_heads
+        for layer in range(config.num_transformer_layers):
+            attend = functools.partial(Attention, heads, config.transformer_key_size)
+            x = _norm(spaces, f"ems_norm_{layer}")
+            spaces += attend(f"ems_self_{layer}")(x, x, ems_mask, None)
+            x = _norm(items, f"items_norm_{layer}")
+            items += attend(f"items_self_{layer}")(x, x, item_mask, hk.Linear(heads, name=f"same_bias_{layer}")(same))
+            x, y = _norm(spaces, f"ems_cross_norm_{layer}"), _norm(items, f"items_cross_norm_{layer}")
+            bias = hk.Linear(2 * heads, name=f"pair_bias_{layer}")(pairs)
+            spaces += attend(f"ems_cross_{layer}")(x, y, legal, bias[..., :heads])
+            items += attend(f"items_cross_{layer}")(
+                y, x, jnp.swapaxes(legal, -1, -2), jnp.swapaxes(bias[..., heads:], -2, -3)
+            )
+            for name in ("ems", "items"):
+                x = spaces if name == "ems" else items
+                mlp = hk.nets.MLP([*config.transformer_mlp_units, width], name=f"{name}_mlp_{layer}")
+                x += mlp(_norm(x, f"{name}_mlp_norm_{layer}"))
+                spaces, items = (x, items) if name == "ems" else (spaces, x)
+        spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
+
+        # Policy: bilinear in the tokens, plus a small layer that sees each pair and its relations.
+        q, k = hk.Linear(width, name="policy_ems")(spaces), hk.Linear(width, name="policy_items")(items)
+        logits = jnp.einsum("...ed,...id->...ei", q, k) / math.sqrt(width)
+        units = config.pair_units
+        hidden = jax.nn.relu(
+            hk.Linear(units, with_bias=False, name="pair_ems")(spaces)[..., :, None, :]
+            + hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
+            + hk.Linear(units, name="pair_relations")(pairs)
+        )
+        logits += hk.Linear(1, name="pair_out")(hidden)[..., 0]
+        flat = legal.reshape(*legal.shape[:-2], -1)
+        logits = jnp.where(flat, logits.reshape(flat.shape), MASKED)
+
+        # Value: what the unplaced items can still add, times a fraction.
+        pooled = jnp.concatenate(
+            [
+                _masked_mean(spaces, observation.ems_mask),
+                _masked_mean(items, waiting),
+                _masked_mean(hidden.reshape(*flat.shape, units), flat),
+            ],
+            -1,
+        )
+        fraction = jax.nn.sigmoid(hk.nets.MLP([width, 1], name="value")(pooled)[..., 0] + 1.0)
+        return logits, unplaced * fraction * flat.any(-1)
+
+
+def _space_item_relations(space, item, space_volume, item_volume, waiting, legal) -> jax.Array:
+    """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
+    fits, share of the space's volume, legality, and whether another item's length fills the slack exactly."""
+    slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
+    fits = _equal_length(slack)
+    count = fits.sum(-1, keepdims=True)
+    share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
+    refill = _equal_length(slack[..., None, :] - item[..., None, None, :, :])  # [..., E, I, I, 3]
+    refill = (refill & waiting[..., None, None, :, None]).any(-2)
+    features = [slack, fits, count == 2, count == 3, jnp.minimum(share, 2.0)[..., None], legal[..., None], refill]
+    return jnp.concatenate([x.astype(jnp.float32) for x in features], -1)
+
+
+def _item_item_relations(item) -> jax.Array:
+    """Relations of each pair of items, [..., I, I, 5]: equal lengths along each axis, and on two or all axes."""
+    equal = _equal_length(item[..., :, None, :] - item[..., None, :, :])
+    count = equal.sum(-1, keepdims=True)
+    return jnp.concatenate([equal, count == 2, count == 3], -1).astype(jnp.float32)
+
+
+def _equal_length(difference: jax.Array) -> jax.Array:
+    """Whether two normalised lengths are the same: a millimetre is at least 1 / 5870 = 1.7e-4 of the container."""
+    return jnp.abs(difference) < 5e-5
+
+
+def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x [..., n, D] over the rows of mask [..., n]; zeros where there are none."""
+    return (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+
+
+def make_network(config: BaseModel) -> hk.TransformedWithState:
+    """The network as Haiku functions: init(key, observation) -> (params, state), and
+    apply(params, state, None, observation) -> ((logits, value), state)."""
+    return hk.transform_with_state(lambda observation: PackingNetwork(config)(observation))
+
+
+# ======================================================================================================================
+# Search
+# ======================================================================================================================
+
+
+class Model(NamedTuple):
+    """What a policy plays with."""
+
+    params: Any
+    state: Any
+
+
+class Decision(NamedTuple):
+    """What is kept of a search: its distribution over K actions and how it changed the prior."""
+
+    actions: jax.Array  # int32 [K], flat actions
+    weights: jax.Array  # [K], sums to 1
+    prior: jax.Array  # [K], log-probabilities of the network
+
+
+class Policy(NamedTuple):
+    """How to play an episode: `start(model, state, observation)` -> memory, and
+    `act(model, key, state, observation, memory)` -> (flat action, Decision or None, memory)."""
+
+    start: Callable
+    act: Callable
+
+
+def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
+    """The network's most probable action."""
+
+    def act(model, key, state, observation, memory):
+        (logits, _), _ = network.apply(model.params, model.state, None, observation)
+        return jnp.argmax(logits, -1).astype(jnp.int32), None, memory
+
+    return Policy(start=lambda model, state, observation: (), act=act)
+
+
+def make_search_policy(
+    env: FastBinPack, network: hk.TransformedWithState, config: Config, num_simulations: int, gumbel_scale: float
+) -> Policy:
+    """Gumbel MuZero search on the true dynamics (Danihelka et al. 2022, 'Policy improvement by planning with Gumbel').
+
+    A node keeps its `search_width` best legal actions, so the tree's arrays are K wide and not 800. With
+    leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
+    optimum; the memory carries the completion of the chosen child to the next root, which need not repeat it.
+    """
+    qtransform = functools.partial(
+        mctx.qtransform_completed_by_mix_value,
+        value_scale=config.value_scale,
+        maxvisit_init=config.maxvisit_init,
+        rescale_values=config.rescale_values,
+    )
+
+    def prior_and_value(model: Model, observation: Observation):
+        """-> (K flat actions, best first; their logits; the network's value)."""
+        (logits, value), _ = network.apply(model.params, model.state, None, observation)
+        logits, actions = jax.lax.top_k(logits, config.search_width)
+        return actions, logits, value
+
+    def complete(model: Model, state: State, observation: Observation) -> jax.Array:
+        """The return of playing greedily from a state to the end, shape []."""
+
+        def body(carry):
+            state, observation, total, discount = carry
+            (logits, _), _ = network.apply(model.params, model.state, None, observation)
+            state, timestep = env.step_flat(state, jnp.argmax(logits))
+            return state, timestep.observation, total + discount * timestep.reward, discount * config.discount
+
+        init = (state, observation, jnp.float32(0.0), jnp.float32(1.0))
+        return jax.lax.while_loop(lambda carry: is_decision(carry[1]), body, init)[2]
+
+    def expand(model: Model, key: jax.Array, action: jax.Array, embedding: tuple):
+        """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
+        del key
+        state, actions = jax.tree.map(lambda x: x[0], embedding)
+        state, timestep = env.step_flat(state, actions[action[0]])
+        actions, logits, value = prior_and_value(model, timestep.observation)
+        if config.leaf_value == "completion":
+            value = complete(model, state, timestep.observation)
+        output = mctx.RecurrentFnOutput(
+            reward=timestep.reward, discount=config.discount * timestep.discount, prior_logits=logits, value=value
+        )
+        return jax.tree.map(lambda x: x[None], (output, (state, actions)))
+
+    def start(model: Model, state: State, observation: Observation):
+        return complete(model, state, observation) if config.leaf_value == "completion" else ()
+
+    def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
+        actions, logits, value = prior_and_value(model, observation)
+        if config.leaf_value == "completion":
+            value = memory
+        legal = legal_actions(observation)[actions]
+        root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=(state, actions))
+        output = mctx.gumbel_muzero_policy(
+            params=model,
+            rng_key=key,
+            root=jax.tree.map(lambda x: x[None], root),
+            recurrent_fn=expand,
+            num_simulations=num_simulations,
+            invalid_actions=~legal[None],
+            qtransform=qtransform,
+            max_num_considered_actions=config.max_num_considered_actions,
+            gumbel_scale=gumbel_scale,
+        )
+        output = jax.tree.map(lambda x: x[0], output)
+        if config.leaf_value == "completion":
+            memory = output.search_tree.raw_values[output.search_tree.children_index[0, output.action]]
+        prior = jax.nn.log_softmax(jnp.where(legal, logits, MASKED))
+        return actions[output.action], Decision(actions, output.action_weights, prior), memory
+
+    # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
+    # to the episode's own key, so that an episode does not depend on the batch or device that plays it.
+    return Policy(start=start, act=act)
+
+
+# ======================================================================================================================
+# Rollout
+# ======================================================================================================================
+
+
+class Trajectory(NamedTuple):
+    """Episodes, padded to T steps. A padding row is a finished state: mask False, reward 0."""
+
+    observation: Observation  # leaves [B, T, ...]
+    decision: Decision | None  # leaves [B, T, K]
+    reward: jax.Array  # [B, T], share of the container's volume
+    mask: jax.Array  # bool [B, T], a real decision
+    solved: jax.Array  # bool [B], every item placed
+
+
+def make_rollout(env: FastBinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
+    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
+
+    def play(model: Model, key: jax.Array) -> Trajectory:
+        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
+        memory = policy.start(model, state, timestep.observation)
+
+        def step(carry, t):
+            state, observation, memory = carry
+            action, decision, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
+            state, timestep = env.step_flat(state, action)
+            row = (observation, decision, timestep.reward, is_decision(observation))
+            return (state, timestep.observation, memory), row
+
+        carry = (state, timestep.observation, memory)
+        (state, _, _), rows = jax.lax.scan(step, carry, jnp.arange(MAX_DECISIONS))
+        return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
+
+    return jax.vmap(play, in_axes=(None, 0))
+
+
+# ======================================================================================================================
+# Targets and loss
+# ======================================================================================================================
+
+
+class Samples(NamedTuple):
+    """Training rows. `mask` is 0 for padding, which counts in no mean and no gradient."""
+
+    observation: Observation  # leaves [..., ...]
+    actions: jax.Array  # int32 [..., K]
+    weights: jax.Array  # [..., K], policy target
+    returns: jax.Array  # [...], value target
+    mask: jax.Array  # bool [...]
+
+
+def discounted_returns(reward: jax.Array, discount: float) -> jax.Array:
+    """Monte-Carlo returns, [B, T]: G_t = r_t + discount * G_{t+1}."""
+
+    def step(following, reward):
+        total = reward + discount * following
+        return total, total
+
+    _, returns = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), reward.T, reverse=True)
+    return returns.T
+
+
+def make_samples(trajectory: Trajectory, discount: float) -> Samples:
+    """Flattens episodes into rows: leaves [B * T, ...]."""
+    samples = Samples(
+        trajectory.observation,
+        trajectory.decision.actions,
+        trajectory.decision.weights,
+        discounted_returns(trajectory.reward, discount),
+        trajectory.mask,
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+
+
+def cross_entropy(weights: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """-sum_k weights log_probs over the last axis; a weight of 0 contributes 0."""
+    return -jnp.where(weights > 0, weights * log_probs, 0.0).sum(-1)
+
+
+def make_loss(network: hk.TransformedWithState, config: Config):
+    """Returns loss(params, net_state, samples, count) -> (scalar, metrics): cross-entropy to the search's weights
+    plus weighted squared error to the return, summed over real rows and divided by `count`, the number of real
+    rows on all devices. Sums over devices of the result and its gradient are then the global mean and its gradient.
+    """
+
+    def loss(params, net_state, samples: Samples, count):
+        (logits, value), _ = network.apply(params, net_state, None, samples.observation)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), samples.actions, -1)
+        per_row = {
+            "policy_loss": cross_entropy(samples.weights, log_probs),
+            "value_loss": jnp.square(value - samples.returns),
+        }
+        metrics = {name: jnp.where(samples.mask, x, 0.0).sum() / count for name, x in per_row.items()}
+        return metrics["policy_loss"] + config.value_loss_weight * metrics["value_loss"], metrics
+
+    return loss
+
+
+# ======================================================================================================================
+# One training iteration
+# ======================================================================================================================
+
+DEVICES = "devices"  # The pmapped axis.
+
+
+class TrainState(NamedTuple):
+    params: Any
+    net_state: Any
+    opt_state: optax.OptState
+    key: jax.Array  # Never changes: iteration i draws from fold_in(key, i).
+    iteration: jax.Array  # int32 [], iterations done
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam with clipped gradients; the learning rate is constant within an iteration."""
+    steps = steps_per_epoch(config) * config.num_epochs
+
+    def schedule(count):
+        if not config.learning_rate_decay_iters:
+            return config.learning_rate
+        progress = jnp.minimum(count // steps / config.learning_rate_decay_iters, 1.0)
+        return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule))
+
+
+def steps_per_epoch(config: Config) -> int:
+    return config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size
+
+
+def init_train_state(env: FastBinPack, network: hk.TransformedWithState, config: Config) -> TrainState:
+    """A fresh state from `config.seed` (not replicated)."""
+    key = jax.random.PRNGKey(config.seed)
+    _, timestep = env.reset(key)
+    params, net_state = network.init(key, timestep.observation)
+    return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
+
+
+def make_train_iteration(
+    env: FastBinPack, network: hk.TransformedWithState, config: Config, num_devices: int
+) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns iterate(state) -> (state, metrics), to be pmapped over `num_devices` with axis name DEVICES.
+
+    Each device plays its share of the episodes; the rows are gathered, shuffled the same way everywhere, and each
+    device takes its share of every minibatch. So neither the data nor the minibatches depend on the devices.
+    """
+    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
+    rollout = make_rollout(env, policy)
+    gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
+    optimizer = make_optimizer(config)
+    episodes = config.rollout_batch_size // num_devices
+    local_batch = config.training_batch_size // num_devices
+    psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
+
+    def minibatch_step(carry, inputs, net_state, samples: Samples):
+        params, opt_state = carry
+        rows, permutations = inputs  # [M] each, the same on every device.
+        start = jax.lax.axis_index(DEVICES) * local_batch
+        rows = jax.lax.dynamic_slice_in_dim(rows, start, local_batch)
+        batch = jax.tree.map(lambda x: x[rows], samples)
+        if config.permute_axes:
+            permutations = jax.lax.dynamic_slice_in_dim(permutations, start, local_batch)
+            batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
+        (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
+        metrics, grads = psum((metrics, grads))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def iterate(state: TrainState):
+        collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+        first = jax.lax.axis_index(DEVICES) * episodes
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(collect_key, first + jnp.arange(episodes))
+        trajectory = rollout(Model(state.params, state.net_state), keys)
+        samples = make_samples(trajectory, config.discount)
+
+        gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples)
+        order_key, permutation_key = jax.random.split(shuffle_key)
+        rows = minibatch_rows(order_key, gathered.mask, config)  # [S, M]
+        permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
+        step = functools.partial(minibatch_step, net_state=state.net_state, samples=gathered)
+        (params, opt_state), train = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
+
+        # Means over real decisions and over episodes of all devices.
+        mask, decision = trajectory.mask, trajectory.decision
+        decisions = psum(mask.sum())
+        entropy = cross_entropy(decision.weights, jnp.log(jnp.maximum(decision.weights, 1e-30)))
+        kl = cross_entropy(decision.weights, decision.prior) - entropy
+        over_decisions = {"train/target_entropy": entropy, "train/target_kl": kl}
+        over_episodes = {
+            "rollout/avg_return": trajectory.reward.sum(1),
+            "rollout/avg_steps": mask.sum(1),
+            "rollout/solved_rate": trajectory.solved,
+        }
+        metrics = {name: psum(jnp.where(mask, x, 0.0).sum()) / decisions for name, x in over_decisions.items()}
+        metrics |= {name: psum(x.sum()) / config.rollout_batch_size for name, x in over_episodes.items()}
+        metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
+        metrics["decisions"] = decisions
+        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
+
+    return iterate
+
+
+def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
+    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, each epoch a new
+    shuffle of all of them. Short episodes leave fewer real rows than slots; the shuffle is then begun again."""
+
+    def epoch(key):
+        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
+        slots = jnp.arange(steps_per_epoch(config) * config.training_batch_size)
+        return order[slots % mask.sum()].reshape(-1, config.training_batch_size)
+
+    return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+def make_evaluation(env: FastBinPack, policy: Policy, config: Config, devices: list) -> Callable[[Model], dict]:
+    """Returns evaluate(replicated model) -> metrics on `eval_batch_size` instances that `eval_seed` alone fixes."""
+    share = -(-config.eval_batch_size // len(devices))  # Instances a device, rounded up; the surplus is dropped.
+    rollout = make_rollout(env, policy)
+
+    def play(model, keys):
+        trajectory = rollout(model, keys)
+        return trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved
+
+    play = jax.pmap(play, devices=devices)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        jax.random.PRNGKey(config.eval_seed), jnp.arange(share * len(devices))
+    ).reshape(len(devices), share, -1)
+
+    def evaluate(model: Model) -> dict[str, float]:
+        results = jax.device_get(play(model, keys))
+        returns, steps, solved = (np.asarray(x).reshape(-1)[: config.eval_batch_size] for x in results)
+        spread = returns.std(ddof=1) if len(returns) > 1 else math.nan
+        return {
+            "avg_return": float(returns.mean(dtype=np.float64)),
+            "avg_return_se": float(spread / math.sqrt(len(returns))),
+            "solved_rate": float(solved.mean()),
+            "packed_items": float(steps.mean()),
+        }
+
+    return evaluate
+
+
+# ======================================================================================================================
+# Checkpoints (twin section: stands byte for byte in both training scripts)
+# ======================================================================================================================
+
+FORMAT_VERSION = 1
+_PICKLE_GLOBALS = {
+    *((f"numpy.{core}.multiarray", name) for core in ("_core", "core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("_core", "core")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain containers; anything else is refused before it runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLE_GLOBALS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+        return super().find_class(module, name)
+
+
+def write_checkpoint(path: Path, contents: dict) -> None:
+    """Writes a dict of plain values and numpy arrays in one atomic step: a reader finds the whole file or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        pickle.dump(contents, file, protocol=4)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
+    """Reads a checkpoint of a method and environment. Raises `UsageError` for anything else."""
+    try:
+        with open(path, "rb") as file:
+            contents = _PlainUnpickler(file).load()
+    except OSError as error:
+        raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
+    except Exception as error:  # A damaged pickle can raise nearly anything.
+        raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
+    if not isinstance(contents, dict) or "format_version" not in contents:
+        raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
+    if contents["format_version"] != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {contents['format_version']};"
+            " use the version of this script that wrote it"
+        )
+    for key, expected in (("method", method), ("env_id", env_id)):
+        found = contents.get(key, contents["config"].get(key))
+        if found != expected:
+            raise UsageError(f"{path}: expected {key}={expected}, got {found}; give a checkpoint of {expected}")
+    return contents
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(run_dir.glob("iter_*.pkl"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+
+
+def prepare_run(config: BaseModel) -> dict | None:
+    """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
+
+    Raises `UsageError` if files of an earlier run are in the way."""
+    run_dir = config.run_dir()
+    if config.resume and config.resume != "auto":
+        return read_checkpoint(config.resume, METHOD, config.env_id)
+    earlier = find_checkpoints(run_dir)
+    if config.resume and earlier:
+        return read_checkpoint(earlier[-1], METHOD, config.env_id)
+    files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    if files and not config.resume and not config.overwrite:
+        raise UsageError(
+            f"{run_dir} holds an earlier run; type resume=auto to continue it, overwrite=true to delete it,"
+            " or another seed or save_dir"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"save_dir={config.save_dir}: cannot be written ({error}); choose another save_dir") from None
+    return None
+
+
+def restore_leaves(template: Any, leaves: list, what: str) -> Any:
+    """Puts saved leaves into the tree of `template`; refuses another number of leaves, shape or type."""
+    expected, tree = jax.tree.flatten(template)
+    same = len(expected) == len(leaves) and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(expected, leaves)
+    )
+    if not same:
+        raise UsageError(
+            f"resume: the {what} of the checkpoint do not fit this configuration; type the network keys of its run"
+        )
+    return jax.tree.unflatten(tree, leaves)
+
+
+def library_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "dm-haiku", "optax", "mctx", "jumanji", "numpy")
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
+
+
+# ======================================================================================================================
+# Run log (twin section: stands byte for byte in both training scripts)
+# ======================================================================================================================
+
+
+class RunLog:
+    """`metrics.jsonl` in the run's folder, a progress bar, and Weights & Biases where it works."""
+
+    def __init__(self, config: BaseModel, start_iteration: int, wandb_id: str):
+        run_dir = config.run_dir()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        rows = _rows_up_to(self.path, start_iteration)
+        self._file = open(self.path, "w", buffering=1)
+        self._file.writelines(rows)
+        self._wandb = _start_wandb(config, run_dir, wandb_id)
+        self.bar = tqdm.tqdm(total=config.max_num_iters, initial=start_iteration, unit="it", disable=None)
+
+    def say(self, line: str) -> None:
+        """A line that stays above the progress bar."""
+        self.bar.write(line)
+
+    def record(self, row: dict[str, float]) -> None:
+        """One row an iteration: `iteration`, `frames` (decisions so far), `hours`, and the metrics."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log(row)
+            except Exception as error:  # W&B is never the reason that training stops.
+                self.say(f"W&B stopped ({type(error).__name__}: {error}); training goes on, the log is {self.path}")
+                self._wandb = None
+
+    def close(self) -> None:
+        self.bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                print(f"W&B did not finish ({type(error).__name__}: {error}); the log is {self.path}")
+
+
+def _rows_up_to(path: Path, iteration: int) -> list[str]:
+    """The lines of an earlier log up to an iteration; what came after its checkpoint will be made again."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                rows.append(line)
+        except (ValueError, KeyError):  # A line torn by a crash.
+            continue
+    return rows
+
+
+def _start_wandb(config: BaseModel, run_dir: Path, run_id: str):
+    """A W&B run, online if the user has set it up and offline if not; the user's WANDB_* settings win."""
+    settings = dict(
+        WANDB_PROJECT=("project", config.wandb_project),
+        WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
+        WANDB_RUN_ID=("id", run_id),
+        WANDB_RESUME=("resume", "allow"),
+        WANDB_DIR=("dir", str(run_dir)),
+    )
+    arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
+    try:
+        if "WANDB_MODE" not in os.environ:
+            arguments["mode"] = "online" if wandb.api.api_key else "offline"
+        quiet = {} if "WANDB_CONSOLE" in os.environ else {"console": "off"}
+        run = wandb.init(config=config.model_dump(), settings=wandb.Settings(**quiet), **arguments)
+        for axis in ("iteration", "frames", "hours"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="iteration")
+        return run
+    except Exception as error:  # W&B is never the reason that training stops.
+        print(f"W&B did not start ({type(error).__name__}: {error}); training goes on, the log is in {run_dir}")
+        return None
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second ends the process at once."""
+
+    def __init__(self):
+        self.made = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.made = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        print("\nStopping after this iteration; once more to leave at once.", flush=True)
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def replicate(tree: Any, devices: list) -> Any:
+    """Adds a leading axis with one copy for each device, as pmap takes it."""
+    return jax.pmap(lambda _: tree, devices=devices)(jnp.arange(len(devices)))
+
+
+def host_copy(tree: Any) -> Any:
+    """The first device's copy of a replicated tree, as numpy arrays."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+
+
+def estimate_seconds(env: FastBinPack, network: hk.TransformedWithState, config: Config, state: TrainState) -> float:
+    """Seconds of one iteration, from a measured network pass and environment step on this machine."""
+    batch = min(64, config.rollout_batch_size)
+    env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
+
+    @jax.jit
+    def visit(env_state, observation):
+        (logits, value), _ = network.apply(state.params, state.net_state, None, observation)
+        return jax.vmap(env.step_flat)(env_state, jnp.argmax(logits, -1)), value
+
+    jax.block_until_ready(visit(env_state, timestep.observation))
+    start = time.perf_counter()
+    jax.block_until_ready(visit(env_state, timestep.observation))
+    seconds = (time.perf_counter() - start) / batch
+    per_simulation = 1 + (MAX_DECISIONS / 2 if config.leaf_value == "completion" else 0)
+    visits = 1 + config.num_simulations * per_simulation + 3 * config.num_epochs  # A gradient is about 3 passes.
+    return seconds * visits * config.rollout_batch_size * MAX_DECISIONS
+
+
+def train(config: Config, preset: str) -> int:
+    """Runs or resumes a training run; returns the exit status."""
+    devices = jax.local_devices()
+    for key in ("rollout_batch_size", "training_batch_size"):
+        value = getattr(config, key)
+        if value % len(devices):
+            nearest = max(round(value / len(devices)), 1) * len(devices)
+            raise UsageError(f"{key}={value}: expected a multiple of the {len(devices)} devices; type {key}={nearest}")
+    if config.compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
+
+    env, network = FastBinPack(), make_network(config)
+    state = init_train_state(env, network, config)
+    checkpoint = prepare_run(config)
+    frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
+    if checkpoint:
+        params, net_state = checkpoint["model"]
+        state = TrainState(
+            params=restore_leaves(state.params, jax.tree.leaves(params), "parameters"),
+            net_state=restore_leaves(state.net_state, jax.tree.leaves(net_state), "network state"),
+            opt_state=restore_leaves(state.opt_state, checkpoint["opt_state"], "optimiser's arrays"),
+            key=jnp.asarray(checkpoint["key"]),
+            iteration=jnp.int32(checkpoint["iteration"]),
+        )
+        frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
+    iteration = int(state.iteration)
+
+    run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    print(f"{run_dir}: {num_params:,} parameters, {kind}, from iteration {iteration}")
+    if devices[0].platform == "cpu" and preset == "full":
+        seconds = estimate_seconds(env, network, config, state)
+        print(
+            f"No accelerator: an iteration will take about {seconds:.0f} s here, {config.max_num_iters} of them"
+            f" {seconds * config.max_num_iters / 3600:.1f} h. preset=cpu is a complete run for two cores."
+        )
+
+    stop = StopRequest()
+    log = RunLog(config, iteration, wandb_id)
+    state = replicate(state, devices)
+    iterate = make_train_iteration(env, network, config, len(devices))
+    iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
+    evaluations = {"greedy": make_evaluation(env, make_greedy_policy(network), config, devices)}
+    if config.eval_num_simulations:
+        search = make_search_policy(env, network, config, config.eval_num_simulations, gumbel_scale=0.0)
+        evaluations["search"] = make_evaluation(env, search, config, devices)
+    start = time.perf_counter()
+
+    def evaluate(name: str) -> dict[str, float]:
+        results = evaluations[name](Model(state.params, state.net_state))
+        log.say(
+            f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {name:6} policy: utilisation"
+            f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
+            f" {results['packed_items']:.2f} items"
+        )
+        return {f"eval/{name}/{key}": value for key, value in results.items()}
+
+    def elapsed() -> float:
+        return seconds_before + time.perf_counter() - start
+
+    def due(interval: int) -> bool:
+        return iteration == config.max_num_iters or (interval > 0 and iteration % interval == 0)
+
+    def save() -> None:
+        model = host_copy(Model(state.params, state.net_state))
+        contents = dict(
+            format_version=FORMAT_VERSION,
+            method=METHOD,
+            iteration=iteration,
+            frames=frames,
+            seconds=elapsed(),
+            model=(model.params, model.state),
+            config=config.model_dump(mode="json"),
+            opt_state=jax.tree.leaves(host_copy(state.opt_state)),
+            key=host_copy(state.key),
+            wandb_id=wandb_id,
+            versions=library_versions(),
+        )
+        write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
+
+    if iteration == 0:
+        log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate("greedy"))
+    try:
+        while iteration < config.max_num_iters and not stop.made:
+            began = time.perf_counter()
+            state, metrics = iterate(state)
+            metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # The iteration's one synchronisation.
+            seconds = time.perf_counter() - began
+            iteration += 1
+            decisions = int(metrics.pop("decisions"))
+            frames += decisions
+            metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
+            if due(config.eval_interval):
+                metrics |= evaluate("greedy")
+            if "search" in evaluations and due(config.eval_search_interval):
+                metrics |= evaluate("search")
+            log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
+            if due(config.save_interval) or stop.made:
+                save()
+            log.bar.set_postfix_str(
+                f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
+                f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
+            )
+            log.bar.update()
+    finally:
+        log.close()
+    if stop.made and iteration < config.max_num_iters:
+        print(f"Stopped at iteration {iteration}; add resume=auto to the same command to continue.")
+    else:
+        print(f"Done: {run_dir}/iter_{iteration:06d}.pkl")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """The command line: 0 for a finished or cleanly stopped run, 2 with one line for a user's mistake."""
+    if any(word in ("-h", "--help", "help") for word in argv):
+        print(help_text(__doc__, Config, PRESETS))
+        return 0
+    try:
+        config, preset = parse_command_line(argv, Config, PRESETS)
+        return train(config, preset)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
