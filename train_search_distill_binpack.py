@@ -110,6 +110,7 @@ class Config(BaseModel):
     eval_batch_size: Count = Field(1024, description="evaluation instances")
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
     eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
+    eval_leaf_value: Literal["network", "completion"] = Field("network", description="leaf_value of that evaluation")
     eval_search_interval: CountOrZero = Field(
         0, description="iterations between evaluations with search (0: only after the last iteration)"
     )
@@ -268,6 +269,7 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
 # ======================================================================================================================
 # Environment (twin section: stands byte for byte in both training scripts)
 # ======================================================================================================================
+
 
 class FastBinPack(BinPack):
     """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop.
@@ -591,7 +593,12 @@ def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
 
 
 def make_search_policy(
-    env: FastBinPack, network: hk.TransformedWithState, config: Config, num_simulations: int, gumbel_scale: float
+    env: FastBinPack,
+    network: hk.TransformedWithState,
+    config: Config,
+    num_simulations: int,
+    gumbel_scale: float,
+    leaf_value: str,
 ) -> Policy:
     """Gumbel MuZero search on the true dynamics (Danihelka et al. 2022, 'Policy improvement by planning with Gumbel').
 
@@ -630,7 +637,7 @@ def make_search_policy(
         state, actions = jax.tree.map(lambda x: x[0], embedding)
         state, timestep = env.step_flat(state, actions[action[0]])
         actions, logits, value = prior_and_value(model, timestep.observation)
-        if config.leaf_value == "completion":
+        if leaf_value == "completion":
             value = complete(model, state, timestep.observation)
         output = mctx.RecurrentFnOutput(
             reward=timestep.reward, discount=config.discount * timestep.discount, prior_logits=logits, value=value
@@ -638,11 +645,11 @@ def make_search_policy(
         return jax.tree.map(lambda x: x[None], (output, (state, actions)))
 
     def start(model: Model, state: State, observation: Observation):
-        return complete(model, state, observation) if config.leaf_value == "completion" else ()
+        return complete(model, state, observation) if leaf_value == "completion" else ()
 
     def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
         actions, logits, value = prior_and_value(model, observation)
-        if config.leaf_value == "completion":
+        if leaf_value == "completion":
             value = memory
         legal = legal_actions(observation)[actions]
         root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=(state, actions))
@@ -658,7 +665,7 @@ def make_search_policy(
             gumbel_scale=gumbel_scale,
         )
         output = jax.tree.map(lambda x: x[0], output)
-        if config.leaf_value == "completion":
+        if leaf_value == "completion":
             memory = output.search_tree.raw_values[output.search_tree.children_index[0, output.action]]
         prior = jax.nn.log_softmax(jnp.where(legal, logits, MASKED))
         return actions[output.action], Decision(actions, output.action_weights, prior), memory
@@ -814,7 +821,7 @@ def make_train_iteration(
     Each device plays its share of the episodes; the rows are gathered, shuffled the same way everywhere, and each
     device takes its share of every minibatch. So neither the data nor the minibatches depend on the devices.
     """
-    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
+    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale, config.leaf_value)
     rollout = make_rollout(env, policy)
     gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
     optimizer = make_optimizer(config)
@@ -897,7 +904,7 @@ def make_evaluation(env: FastBinPack, policy: Policy, config: Config, devices: l
         trajectory = rollout(model, keys)
         return trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved
 
-    play = jax.pmap(play, devices=devices)
+    play = jax.pmap(play, axis_name=DEVICES, devices=devices)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         jax.random.PRNGKey(config.eval_seed), jnp.arange(share * len(devices))
     ).reshape(len(devices), share, -1)
@@ -1124,7 +1131,7 @@ class StopRequest:
 
 def replicate(tree: Any, devices: list) -> Any:
     """Adds a leading axis with one copy for each device, as pmap takes it."""
-    return jax.pmap(lambda _: tree, devices=devices)(jnp.arange(len(devices)))
+    return jax.pmap(lambda _: tree, axis_name=DEVICES, devices=devices)(jnp.arange(len(devices)))
 
 
 def host_copy(tree: Any) -> Any:
@@ -1195,7 +1202,7 @@ def train(config: Config, preset: str) -> int:
     iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
     evaluations = {"greedy": make_evaluation(env, make_greedy_policy(network), config, devices)}
     if config.eval_num_simulations:
-        search = make_search_policy(env, network, config, config.eval_num_simulations, gumbel_scale=0.0)
+        search = make_search_policy(env, network, config, config.eval_num_simulations, 0.0, config.eval_leaf_value)
         evaluations["search"] = make_evaluation(env, search, config, devices)
     start = time.perf_counter()
 

@@ -1,0 +1,145 @@
+"""Compares FastBinPack with Jumanji's BinPack, field by field, and writes `tests/results/environment.json`.
+
+    python tests/measure_environment.py            # at least 100,000 steps: about 10 minutes on 2 cores
+
+The same actions are played in both environments, from random, heuristic and searched episodes. A state counts as an
+overflow if the cut EMSs would need more than the 40 slots, found by repeating Jumanji's update with 80 slots.
+"""
+
+import functools
+import json
+import platform
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jumanji.environments import BinPack
+from jumanji.environments.packing.bin_pack.generator import RandomGenerator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_search_distill_binpack as script  # noqa: E402
+
+
+def random_act(model, key, state, observation, memory):
+    """A uniformly random legal action."""
+    logits = jnp.where(script.legal_actions(observation), 0.0, script.MASKED)
+    return jax.random.categorical(key, logits), state, memory
+
+
+def heuristic_act(model, key, state, observation, memory):
+    """The largest item into the smallest space that holds it."""
+    x, y, z = observation.items
+    ems = observation.ems
+    volume = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
+    score = 10.0 * (x * y * z)[None] - volume[:, None]
+    return jnp.where(script.legal_actions(observation), score.reshape(-1), -jnp.inf).argmax(), state, memory
+
+
+def make_policy(name: str, env, config) -> script.Policy:
+    """A policy whose 'decision' is the state before the action, so that the rollout hands the states back."""
+    if name != "searched":
+        act = random_act if name == "random" else heuristic_act
+        return script.Policy(start=lambda *_: (), act=act)
+    policy = script.make_search_policy(env, script.make_network(config), config, 4, 1.0, "network")
+
+    def act(model, key, state, observation, memory):
+        action, _, memory = policy.act(model, key, state, observation, memory)
+        return action, state, memory
+
+    return script.Policy(start=policy.start, act=act)
+
+
+@functools.cache
+def make_compare(name: str, config):
+    fast, jumanji = script.FastBinPack(), BinPack()
+    wide = BinPack(generator=RandomGenerator(max_num_items=20, max_num_ems=80, split_num_same_items=2))
+    policy = make_policy(name, fast, config)
+
+    def overflows(state, action):
+        """Whether placing the item needs more slots than there are."""
+        pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)])  # noqa: E731
+        ems_id, item_id = state.sorted_ems_indexes[action // 20], action % 20
+        state = state.replace(ems=jax.tree.map(pad, state.ems), ems_mask=pad(state.ems_mask))
+        return wide._pack_item(state, ems_id, item_id).ems_mask.sum() > 40
+
+    def play(env, step, model, key):
+        state, timestep = env.reset(key)
+
+        def body(carry, t):
+            state, observation, memory = carry
+            action, _, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
+            next_state, timestep = step(state, action)
+            real = script.is_decision(observation)
+            return (next_state, timestep.observation, memory), (state, action, real, next_state, timestep)
+
+        memory = policy.start(model, state, timestep.observation)
+        carry = (state, timestep.observation, memory)
+        return (state, timestep), jax.lax.scan(body, carry, jnp.arange(script.MAX_DECISIONS))[1]
+
+    def replay(key, actions):
+        """Jumanji's environment with the same actions, its own state carried on."""
+        state, timestep = jumanji.reset(key)
+
+        def body(state, action):
+            next_state, timestep = jumanji.step(state, jnp.stack([action // 20, action % 20]))
+            return next_state, (next_state, timestep)
+
+        return (state, timestep), jax.lax.scan(body, state, actions)[1]
+
+    @jax.jit
+    def compare(model, keys):
+        start, (states, actions, real, next_states, timesteps) = jax.vmap(
+            functools.partial(play, fast, fast.step_flat), in_axes=(None, 0)
+        )(model, keys)
+        reference = jax.vmap(replay)(keys, actions)
+        overflow = jax.vmap(jax.vmap(overflows))(states, actions) & real
+        return (start, (next_states, timesteps)), reference, real.sum(), overflow.sum()
+
+    return compare
+
+
+def compare_episodes(name: str, num_episodes: int, seed: int) -> dict:
+    """Plays episodes of one kind in both environments -> steps, overflow states and the fields that differ."""
+    config = script.Config(num_transformer_layers=1, transformer_num_heads=2, transformer_key_size=8)
+    env = script.FastBinPack()
+    state = script.init_train_state(env, script.make_network(config), config)
+    keys = jax.random.split(jax.random.PRNGKey(seed), num_episodes)
+    mine, reference, steps, overflow = make_compare(name, config)(script.Model(state.params, state.net_state), keys)
+    mine, reference = (jax.tree_util.tree_leaves_with_path(x) for x in (mine, reference))
+    assert len(mine) == len(reference)
+    differing = [
+        jax.tree_util.keystr(path)
+        for (path, x), (_, y) in zip(mine, reference, strict=True)
+        if x.dtype != y.dtype or not np.array_equal(np.asarray(x), np.asarray(y))
+    ]
+    return dict(steps=int(steps), overflow_states=int(overflow), fields=len(mine), differing_fields=differing)
+
+
+def main() -> None:
+    results = {}
+    for kind, rounds in (("random", 5), ("heuristic", 5), ("searched", 5)):
+        total = dict(steps=0, overflow_states=0, differing_fields=[])
+        for seed in range(rounds):
+            one = compare_episodes(kind, 512, seed)
+            total["steps"] += one["steps"]
+            total["overflow_states"] += one["overflow_states"]
+            total["differing_fields"] += one["differing_fields"]
+        results[kind] = total
+        print(kind, total, flush=True)
+    summary = dict(
+        command="python tests/measure_environment.py",
+        device=f"CPU, {platform.machine()}",
+        versions=script.library_versions(),
+        steps=sum(x["steps"] for x in results.values()),
+        overflow_states=sum(x["overflow_states"] for x in results.values()),
+        differing_fields=sum((x["differing_fields"] for x in results.values()), []),
+        by_kind=results,
+    )
+    path = Path(__file__).parent / "results" / "environment.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The environment is Jumanji's, field by field, and its helpers keep their promises."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jumanji.environments.packing.bin_pack.types import Item, Location, Space
+from measure_environment import compare_episodes
+
+import train_search_distill_binpack as script
+
+
+@pytest.mark.parametrize("kind, overflow_at_least", [("random", 100), ("heuristic", 0), ("searched", 0)])
+def test_every_field_of_state_and_timestep_equals_jumanji(kind, overflow_at_least):
+    result = compare_episodes(kind, 128, seed=100)
+    assert result["steps"] > 128 * 10
+    assert result["overflow_states"] >= overflow_at_least
+    assert result["differing_fields"] == []
+
+
+def test_the_compiled_update_has_no_sequential_loop(env):
+    state, _ = env.reset(jax.random.PRNGKey(0))
+    states = jax.tree.map(lambda x: jnp.stack([x] * 4), state)
+    text = jax.jit(jax.vmap(env.step_flat)).lower(states, jnp.zeros(4, jnp.int32)).compile().as_text()
+    assert " while(" not in text
+
+
+def test_instances_have_at_most_max_decisions_items(env):
+    state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.PRNGKey(3), 256))
+    assert set(np.asarray(state.items_mask.sum(-1)).tolist()) == {script.MAX_DECISIONS}
+    assert env.num_actions == script.NUM_ACTIONS
+
+
+def test_flat_action_is_ems_times_items_plus_item(env, played):
+    states, observations = played
+    mask = np.asarray(script.legal_actions(observations))
+    real = np.asarray(script.is_decision(observations))
+    assert (mask == np.asarray(observations.action_mask).reshape(mask.shape))[real].all()
+    state = jax.tree.map(lambda x: x[0, 0], states)
+    action = int(np.flatnonzero(mask[0, 0])[5])
+    flat, _ = env.step_flat(state, jnp.int32(action))
+    pair, _ = env.step(jax.tree.map(lambda x: x[0, 0], states), jnp.array(divmod(action, 20)))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), flat, pair))
+
+
+def test_finished_rows_have_one_legal_entry_and_absorb_every_action(env, played):
+    states, observations = played
+    finished = np.argwhere(~np.asarray(script.is_decision(observations)))
+    assert len(finished) > 10
+    mask = np.asarray(script.legal_actions(observations))
+    assert mask.any(-1).all()
+    for b, t in finished[:5]:
+        state = jax.tree.map(lambda x: x[b, t], states)
+        assert mask[b, t].sum() == 1
+        for action in (0, 399, 799):
+            after, timestep = env.step_flat(jax.tree.map(lambda x: x, state), jnp.int32(action))
+            assert float(timestep.reward) == 0.0 and float(timestep.discount) == 0.0
+            assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after, state))
+
+
+def test_axis_permutation_is_a_symmetry_of_the_dynamics(env, played):
+    """Permuting the axes before a placement or after it gives the same set of spaces."""
+    states, observations = played
+    compared = 0
+    for b, t in itertools.product(range(8), (2, 5, 8)):
+        state = jax.tree.map(lambda x: x[b, t], states)
+        mask = np.asarray(observations.action_mask[b, t])
+        if not mask.any() or int(state.ems_mask.sum()) > 20:
+            continue
+        ems_id, item_id = np.argwhere(mask)[-1]
+        slot = state.sorted_ems_indexes[ems_id]
+        expected = _active_spaces(env._pack_item(jax.tree.map(lambda x: x, state), slot, item_id))
+        for axes in itertools.permutations(range(3)):
+            after = env._pack_item(_permute_state(state, axes), slot, item_id)
+            found = {tuple(box[axes.index(axis)] for axis in range(3)) for box in _active_spaces(after)}
+            assert found == expected
+            compared += 1
+    assert compared > 60
+
+
+def test_permuted_observation_keeps_actions_and_volumes(played):
+    _, observations = played
+    observation = jax.tree.map(lambda x: x[0, 4], observations)
+    seen = set()
+    for number, axes in enumerate(itertools.permutations(range(3))):
+        permuted = script.permute_axes(observation, jnp.int32(number))
+        items, original = np.stack(permuted.items), np.stack(observation.items)
+        np.testing.assert_array_equal(items, original[list(axes)])
+        np.testing.assert_array_equal(permuted.ems.y1, getattr(observation.ems, "xyz"[axes[1]] + "1"))
+        np.testing.assert_array_equal(permuted.ems.z2, getattr(observation.ems, "xyz"[axes[2]] + "2"))
+        np.testing.assert_array_equal(permuted.action_mask, observation.action_mask)
+        seen.add(items.tobytes())
+    assert len(seen) == 6
+
+
+def _active_spaces(state) -> set:
+    lower = np.stack([state.ems.x1, state.ems.y1, state.ems.z1], -1)
+    upper = np.stack([state.ems.x2, state.ems.y2, state.ems.z2], -1)
+    mask = np.asarray(state.ems_mask)
+    return {tuple(zip(low.tolist(), up.tolist())) for low, up in zip(lower[mask], upper[mask])}
+
+
+def _permute_state(state, axes):
+    def space(s):
+        pairs = [(getattr(s, f"{'xyz'[a]}1"), getattr(s, f"{'xyz'[a]}2")) for a in axes]
+        return Space(x1=pairs[0][0], x2=pairs[0][1], y1=pairs[1][0], y2=pairs[1][1], z1=pairs[2][0], z2=pairs[2][1])
+
+    return state.replace(
+        container=space(state.container),
+        ems=space(state.ems),
+        items=Item(*[state.items[a] for a in axes]),
+        items_location=Location(*[state.items_location[a] for a in axes]),
+    )

@@ -1,0 +1,262 @@
+"""Whole runs: log, checkpoints, resuming, stopping, Weights & Biases."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL_WORDS
+
+import train_search_distill_binpack as script
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("hours", "perf/decisions_per_second", "perf/iteration_seconds")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs use one device here; signal handlers are put back after each test."""
+    device = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: device)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(save_dir, *words) -> Path:
+    status = script.main([*SMALL_WORDS, f"save_dir={save_dir}", *[w for w in words if w.split("=")[0] not in ()]])
+    assert status == 0
+    return Path(save_dir) / "BinPack-v2" / "nsim_2" / "seed_0"
+
+
+def override(*words) -> list[str]:
+    keys = {word.split("=")[0] for word in words}
+    return [word for word in SMALL_WORDS if word.split("=")[0] not in keys] + list(words)
+
+
+def log_of(run_dir: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def load(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return pickle.load(file)
+
+
+@pytest.fixture(scope="module")
+def four_iterations(tmp_path_factory):
+    """The folder of an undisturbed run of four iterations."""
+    device = jax.local_devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: device)
+        folder = tmp_path_factory.mktemp("four")
+        assert script.main([*SMALL_WORDS, f"save_dir={folder}"]) == 0
+    return folder / "BinPack-v2" / "nsim_2" / "seed_0"
+
+
+def assert_same_checkpoint(path: Path, other: Path) -> None:
+    mine, theirs = load(path), load(other)
+    for key in ("model", "opt_state", "key", "iteration", "frames", "format_version", "method", "versions"):
+        a, b = jax.tree.leaves(mine[key]), jax.tree.leaves(theirs[key])
+        assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), key
+
+
+def test_two_iterations_and_two_more_equal_four(four_iterations, tmp_path):
+    assert script.main(override("max_num_iters=2", f"save_dir={tmp_path}")) == 0
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000002.pkl"]
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "frames": 1}\n{"iterat')  # What a killed run leaves after its last checkpoint.
+    assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 0
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", four_iterations / "iter_000004.pkl")
+    assert log_of(run_dir) == log_of(four_iterations)
+
+
+def test_resume_from_a_path_continues_the_same_run(four_iterations, tmp_path):
+    words = override(f"resume={four_iterations / 'iter_000002.pkl'}", f"save_dir={tmp_path}")
+    assert script.main(words) == 0
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", four_iterations / "iter_000004.pkl")
+
+
+def test_evaluation_does_not_depend_on_its_interval(four_iterations, tmp_path):
+    assert script.main(override("eval_interval=1", f"save_dir={tmp_path}")) == 0
+    often, seldom = log_of(tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"), log_of(four_iterations)
+    assert len(often) == len(seldom) == 5
+    for a, b in zip(often, seldom, strict=True):
+        assert {key: a[key] for key in b} == b
+    assert all("eval/greedy/avg_return" in row for row in often)
+
+
+def test_log_has_the_promised_names(four_iterations):
+    rows = [json.loads(line) for line in (four_iterations / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    assert all(rows[i]["frames"] < rows[i + 1]["frames"] and rows[i]["hours"] < rows[i + 1]["hours"] for i in range(4))
+    promised = {
+        "iteration", "frames", "hours", "rollout/avg_return", "rollout/avg_steps", "train/policy_loss",
+        "train/value_loss", "train/grad_norm", "train/target_entropy", "train/target_kl", "perf/decisions_per_second",
+        "eval/greedy/avg_return", "eval/greedy/avg_return_se", "eval/greedy/solved_rate", "eval/greedy/packed_items",
+    }  # fmt: skip
+    assert promised <= rows[4].keys()
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert rows[4]["frames"] - rows[3]["frames"] == round(rows[4]["rollout/avg_steps"] * 8)
+
+
+def test_a_checkpoint_opens_with_numpy_alone(four_iterations):
+    """In a process that cannot import jax, the README's line gives parameters, state and configuration."""
+    code = """
+import pickle, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in sys.stdlib_module_names | {"numpy"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+checkpoint = pickle.load(open(sys.argv[1], "rb"))
+params, state = checkpoint["model"]
+import numpy
+def plain(x):
+    if isinstance(x, dict): return all(type(k) is str and plain(v) for k, v in x.items())
+    if isinstance(x, (list, tuple)): return type(x) in (list, tuple) and all(map(plain, x))
+    return type(x) in (int, float, str, bool, numpy.ndarray)
+assert plain(checkpoint), "something that is not plain"
+print(sum(x.size for m in params.values() for x in m.values()), checkpoint["config"]["num_simulations"])
+"""
+    path = str(four_iterations / "iter_000004.pkl")
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    size, simulations = run.stdout.split()
+    assert int(size) > 1000 and simulations == "2"
+    contents = load(Path(path))
+    assert contents["iteration"] == 4 and contents["method"] == "search_distill" and contents["format_version"] == 1
+    assert {"jax", "mctx", "jumanji"} <= contents["versions"].keys()
+
+
+class Attack:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("kind", ["shell", "numpy", "truncated", "text", "newer", "other method", "list"])
+def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, four_iterations, tmp_path, capsys):
+    good, path, marker = four_iterations / "iter_000004.pkl", tmp_path / "bad.pkl", tmp_path / "marker"
+    contents = load(good)
+    data = {
+        "shell": lambda: pickle.dumps(Attack(os.system, f"touch {marker}")),
+        "numpy": lambda: pickle.dumps({"model": Attack(np.save, str(marker), np.zeros(1))}),
+        "truncated": lambda: good.read_bytes()[:-100],
+        "text": lambda: b"hello",
+        "newer": lambda: pickle.dumps(contents | {"format_version": 99}),
+        "other method": lambda: pickle.dumps(contents | {"method": "ppo"}),
+        "list": lambda: pickle.dumps([1, 2]),
+    }[kind]()
+    path.write_bytes(data)
+    assert script.main(override(f"resume={path}", f"save_dir={tmp_path / 'save'}")) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(path) in err
+    assert not list(tmp_path.glob("marker*")) and not (tmp_path / "save").exists()
+
+
+def test_resume_refuses_another_network(four_iterations, tmp_path, capsys):
+    words = override(f"resume={four_iterations / 'iter_000002.pkl'}", "pair_units=9", f"save_dir={tmp_path}")
+    assert script.main(words) == 2
+    assert "do not fit this configuration" in capsys.readouterr().err
+
+
+def test_starting_over_an_earlier_run_needs_a_word(four_iterations, capsys):
+    save_dir = four_iterations.parents[2]
+    before = {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()}
+    assert script.main(override(f"save_dir={save_dir}")) == 2
+    err = capsys.readouterr().err
+    assert "resume=auto" in err and "overwrite=true" in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()} == before
+
+
+def test_overwrite_starts_again(tmp_path):
+    run_dir = run(tmp_path / "a", "overwrite=true")
+    (run_dir / "iter_000099.pkl").write_bytes(b"old")
+    run_dir = run(tmp_path / "a", "overwrite=true")
+    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000002.pkl", "iter_000004.pkl"]
+    assert [row["iteration"] for row in log_of(run_dir)] == [0, 1, 2, 3, 4]
+
+
+def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "iter_000001.pkl"
+    script.write_checkpoint(path, {"a": 1})
+
+    def broken(*arguments, **more):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pickle, "dump", broken)
+    with pytest.raises(OSError):
+        script.write_checkpoint(path, {"a": 2})
+    monkeypatch.undo()
+    assert load(path) == {"a": 1} and script.find_checkpoints(tmp_path) == [path]
+
+
+def start_process(save_dir: Path, *words: str) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, str(ROOT / "train_search_distill_binpack.py"), *override(*words), f"save_dir={save_dir}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_cleanly(number, tmp_path):
+    process = start_process(tmp_path, "max_num_iters=100000", "eval_interval=100000", "save_interval=100000")
+    log = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl"
+    deadline = time.time() + 200
+    while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 4):
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert re.search(r"Stopped at iteration \d+; add resume=auto", output) and "Traceback" not in output
+    checkpoint = load(script.find_checkpoints(log.parent)[-1])
+    assert checkpoint["iteration"] == log_of(log.parent)[-1]["iteration"] >= 3
+
+
+def test_wandb_is_offline_without_an_account_and_obeys_its_own_settings(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("WANDB_MODE")
+    for variable in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    assert script.main(override("max_num_iters=1", f"save_dir={tmp_path / 'save'}")) == 0
+    (data,) = tmp_path.glob("elsewhere/wandb/offline-run-*/run-*.wandb")
+    assert data.stat().st_size > 1000
+
+
+def test_training_goes_on_when_wandb_fails(tmp_path, monkeypatch, capsys):
+    class Broken:
+        def log(self, row):
+            raise RuntimeError("service died")
+
+        def finish(self):
+            raise RuntimeError("service died")
+
+    monkeypatch.setattr(script, "_start_wandb", lambda *_: Broken())
+    run_dir = run(tmp_path / "a")
+    assert "W&B stopped" in capsys.readouterr().out and len(log_of(run_dir)) == 5
+    monkeypatch.undo()
+    device = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: device)
+
+    def refuse(*arguments, **more):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(script.wandb, "init", refuse)
+    run_dir = run(tmp_path / "b")
+    assert "W&B did not start" in capsys.readouterr().out and len(log_of(run_dir)) == 5

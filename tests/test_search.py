@@ -1,0 +1,172 @@
+"""The search: exact in compact form, right on cases with a known answer, and an improvement of the policy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+import pytest
+
+import train_search_distill_binpack as script
+
+
+def rows(played, keep) -> tuple:
+    """States and observations of the rows [B, T] that `keep` selects, flattened."""
+    states, observations = played
+    index = np.argwhere(np.asarray(keep))
+    pick = lambda x: x[index[:, 0], index[:, 1]]  # noqa: E731
+    return jax.tree.map(pick, states), jax.tree.map(pick, observations)
+
+
+def act_on(policy, model, states, observations, seed=0):
+    """Runs a policy on a batch of states."""
+    keys = jax.random.split(jax.random.PRNGKey(seed), observations.ems_mask.shape[0])
+
+    def act(key, state, observation):
+        return policy.act(model, key, state, observation, policy.start(model, state, observation))[:2]
+
+    return jax.jit(jax.vmap(act))(keys, states, observations)
+
+
+def full_width_search(env, network, config, model, states, observations, num_simulations):
+    """The reference: mctx on all 800 actions with the network's value, nothing of the script's search."""
+
+    def evaluate(observation):
+        return network.apply(model.params, model.state, None, observation)[0]
+
+    def expand(params, key, action, state):
+        state, timestep = jax.vmap(env.step_flat)(state, action)
+        logits, value = evaluate(timestep.observation)
+        output = mctx.RecurrentFnOutput(
+            reward=timestep.reward, discount=timestep.discount * config.discount, prior_logits=logits, value=value
+        )
+        return output, state
+
+    logits, value = evaluate(observations)
+    qtransform = functools.partial(
+        mctx.qtransform_completed_by_mix_value,
+        value_scale=config.value_scale,
+        maxvisit_init=config.maxvisit_init,
+        rescale_values=config.rescale_values,
+    )
+    output = mctx.gumbel_muzero_policy(
+        params=(),
+        rng_key=jax.random.PRNGKey(0),
+        root=mctx.RootFnOutput(prior_logits=logits, value=value, embedding=states),
+        recurrent_fn=expand,
+        num_simulations=num_simulations,
+        invalid_actions=~script.legal_actions(observations),
+        qtransform=qtransform,
+        max_num_considered_actions=config.max_num_considered_actions,
+        gumbel_scale=0.0,
+    )
+    return output.action, output.action_weights
+
+
+def test_compact_search_equals_full_width_search(env, network, config, model, played):
+    config = config.model_copy(update=dict(max_num_considered_actions=8, search_width=64))
+    states, observations = played
+    count = np.asarray(observations.action_mask).sum((-2, -1))
+    states, observations = rows(played, (count > 0) & (count <= 40))  # Interior nodes then stay within K as well.
+    states, observations = jax.tree.map(lambda x: x[:400], (states, observations))
+    assert len(observations.ems_mask) >= 300
+    policy = script.make_search_policy(env, network, config, 8, 0.0, "network")
+    action, decision = act_on(policy, model, states, observations)
+    weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
+    np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
+    reference = jax.jit(functools.partial(full_width_search, env, network, config, model, num_simulations=8))
+    expected_action, expected_weights = map(np.asarray, reference(states, observations))
+    same = np.asarray(action) == expected_action
+    ranked = np.sort(expected_weights, -1)
+    tied = ranked[:, -1] - ranked[:, -2] < 1e-4
+    assert (same | tied).all() and same.mean() > 0.95
+    np.testing.assert_allclose(weights[same], expected_weights[same], atol=1e-4)
+
+
+def best_return(env, state, observation) -> float:
+    """The largest return from a state, by trying everything."""
+    step = jax.jit(env.step_flat)
+    best = 0.0
+    for action in np.flatnonzero(np.asarray(observation.action_mask).reshape(-1)):
+        after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
+        best = max(best, float(timestep.reward) + best_return(env, after, timestep.observation))
+    return best
+
+
+@pytest.mark.parametrize("leaf_value", ["network", "completion"])
+def test_search_finds_the_optimum_of_small_endgames(env, network, config, model, played, leaf_value):
+    """Two to four placements from the end, with simulations to spare, search plays what exhaustive search finds."""
+    config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=10.0))
+    states, observations = played
+    count = np.asarray(observations.action_mask).sum((-2, -1))
+    items = np.asarray(observations.action_mask).any(-2).sum(-1)
+    states, observations = rows(played, (count >= 2) & (count <= 12) & (items >= 2) & (items <= 3))
+    states, observations = jax.tree.map(lambda x: x[:24], (states, observations))
+    policy = script.make_search_policy(env, network, config, 64, 0.0, leaf_value)
+    actions, _ = act_on(policy, model, states, observations)
+    optimal, choices = 0, 0
+    for i, action in enumerate(np.asarray(actions)):
+        state, observation = jax.tree.map(lambda x, i=i: x[i], (states, observations))
+        best = best_return(env, state, observation)
+        greedy_best = 0.0
+        after, timestep = env.step_flat(jax.tree.map(lambda x: x, state), jnp.int32(action))
+        greedy_best = float(timestep.reward) + best_return(env, after, timestep.observation)
+        optimal += abs(greedy_best - best) < 1e-6
+        choices += 1
+    assert choices >= 10 and optimal == choices
+
+
+def test_search_improves_expected_q_at_every_state(env, network, config, model, played):
+    """With every legal action visited once, E[Q] under the search's weights is at least that under the prior
+    (Danihelka et al. 2022, section 4), Q being exact: the reward plus the greedy completion."""
+    config = config.model_copy(update=dict(max_num_considered_actions=8, maxvisit_init=0.0))
+    states, observations = played
+    count = np.asarray(observations.action_mask).sum((-2, -1))
+    states, observations = rows(played, count == 8)
+    assert len(observations.ems_mask) >= 8
+    policy = script.make_search_policy(env, network, config, 8, 0.0, "completion")
+    _, decision = act_on(policy, model, states, observations)
+
+    def q_value(state, action):
+        state, timestep = env.step_flat(state, action)
+        return timestep.reward + timestep.discount * policy.start(model, state, timestep.observation)
+
+    q = jax.jit(jax.vmap(jax.vmap(q_value, in_axes=(None, 0))))(states, decision.actions[:, :8])
+    prior = np.exp(np.asarray(decision.prior))[:, :8]
+    weights = np.asarray(decision.weights)[:, :8]
+    np.testing.assert_allclose([prior.sum(-1), weights.sum(-1)], 1.0, atol=1e-5)
+    gain = (np.asarray(q) * (weights - prior)).sum(-1)
+    assert (gain > -1e-6).all() and gain.max() > 1e-4
+
+
+def test_carried_completion_equals_a_new_one(env, network, config, model, played):
+    """The value carried to the next root is the completion that a search from there would have computed."""
+    states, observations = rows(played, script.is_decision(played[1]))
+    states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
+    policy = script.make_search_policy(env, network, config, 4, 1.0, "completion")
+
+    def carry(key, state, observation):
+        action, _, memory = policy.act(model, key, state, observation, policy.start(model, state, observation))
+        state, timestep = env.step_flat(state, action)
+        return memory, policy.start(model, state, timestep.observation)
+
+    keys = jax.random.split(jax.random.PRNGKey(1), 64)
+    carried, fresh = jax.jit(jax.vmap(carry))(keys, states, observations)
+    assert float(fresh.max()) > 0.05
+    np.testing.assert_array_equal(carried, fresh)
+
+
+def test_terminal_nodes_have_no_value(network, model, played):
+    states, observations = rows(played, ~script.is_decision(played[1]))
+    (logits, value), _ = network.apply(model.params, model.state, None, observations)
+    assert (np.asarray(value) == 0).all() and np.isfinite(np.asarray(logits)).all()
+
+
+def test_noise_explores_in_collection_and_evaluation_has_none(env, network, config, model, played):
+    states, observations = rows(played, script.is_decision(played[1]))
+    states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
+    for scale, differs in ((1.0, True), (0.0, False)):
+        policy = script.make_search_policy(env, network, config, 2, scale, "network")
+        first, second = (act_on(policy, model, states, observations, seed)[0] for seed in (0, 1))
+        assert bool((first != second).any()) == differs

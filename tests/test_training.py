@@ -1,0 +1,192 @@
+"""Targets, loss, minibatches and the training iteration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_search_distill_binpack as script
+
+
+def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
+    """Training rows on the states of played episodes, with random targets of the right form."""
+    rng = np.random.default_rng(seed)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_rows], observations)
+    legal = np.asarray(script.legal_actions(flat))
+    actions = np.argsort(~legal, -1, kind="stable")[:, :48].astype(np.int32)
+    weights = rng.random(actions.shape).astype(np.float32) * np.take_along_axis(legal, actions, -1)
+    weights /= weights.sum(-1, keepdims=True)
+    returns = rng.random(len(actions)).astype(np.float32)
+    return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), script.is_decision(flat))
+
+
+def loss_and_gradient(network, config, model, samples):
+    function = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
+    return jax.jit(function)(model.params, model.state, samples, samples.mask.sum())
+
+
+def flat_vector(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
+def test_returns_equal_a_python_loop(discount):
+    reward = np.random.default_rng(0).random((5, 19)).astype(np.float32)
+    expected = np.zeros((5, 19))
+    for b in range(5):
+        following = 0.0
+        for t in reversed(range(19)):
+            following = reward[b, t] + discount * following
+            expected[b, t] = following
+    np.testing.assert_allclose(script.discounted_returns(jnp.array(reward), discount), expected, rtol=1e-5)
+
+
+def test_loss_equals_a_plain_loop(network, config, model, played):
+    samples = make_rows(played[1], 0, 60)
+    (loss, metrics), _ = loss_and_gradient(network, config, model, samples)
+    policy_loss, value_loss, count = 0.0, 0.0, 0
+    for i in np.flatnonzero(np.asarray(samples.mask)):
+        row = jax.tree.map(lambda x, i=i: x[i], samples)
+        (logits, value), _ = network.apply(model.params, model.state, None, row.observation)
+        log_probs = np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() + 1e-38)
+        policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w)
+        value_loss += (float(value) - float(row.returns)) ** 2
+        count += 1
+    assert 10 < count < 60
+    np.testing.assert_allclose(metrics["policy_loss"], policy_loss / count, rtol=1e-4)
+    np.testing.assert_allclose(metrics["value_loss"], value_loss / count, rtol=1e-4)
+    np.testing.assert_allclose(loss, (policy_loss + config.value_loss_weight * value_loss) / count, rtol=1e-4)
+
+
+def test_padding_rows_change_neither_loss_nor_gradient(network, config, model, played):
+    samples = make_rows(played[1], 0, 40)
+    samples = jax.tree.map(lambda x: x[np.asarray(samples.mask)], samples)
+    garbage = make_rows(played[1], 1, 30)._replace(mask=jnp.zeros(30, bool), returns=jnp.full(30, 1e6))
+    padded = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), samples, garbage)
+    (loss, metrics), gradient = loss_and_gradient(network, config, model, samples)
+    (padded_loss, padded_metrics), padded_gradient = loss_and_gradient(network, config, model, padded)
+    np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(flat_vector(padded_gradient), flat_vector(gradient), rtol=1e-4, atol=1e-6)
+    assert metrics.keys() == padded_metrics.keys() == {"policy_loss", "value_loss"}
+
+
+def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(env, network, config, model):
+    """A trajectory's padding rows have mask False and reward 0, so that returns stop at the end of the episode."""
+    policy = script.make_search_policy(env, network, config, 2, 1.0, "network")
+    trajectory = jax.jit(script.make_rollout(env, policy))(model, jax.random.split(jax.random.PRNGKey(0), 32))
+    mask, reward = np.asarray(trajectory.mask), np.asarray(trajectory.reward)
+    assert not mask.all() and (reward[~mask] == 0).all() and (reward[mask] > 0).all()
+    assert (mask[:, :-1] >= mask[:, 1:]).all()
+    samples = script.make_samples(trajectory, 1.0)
+    first_rows = np.asarray(samples.returns).reshape(mask.shape)[:, 0]
+    np.testing.assert_allclose(first_rows, reward.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(samples.weights).sum(-1), 1.0, atol=1e-5)
+
+
+def test_gradients_are_finite_on_finished_rows(network, config, model, played):
+    finished = np.argwhere(~np.asarray(script.is_decision(played[1])))[:4]
+    samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 4)
+    samples = samples._replace(weights=jnp.zeros_like(samples.weights))
+    function = jax.grad(script.make_loss(network, config), has_aux=True)
+    gradient, _ = function(model.params, model.state, samples, 1)
+    assert np.isfinite(flat_vector(gradient)).all()
+
+
+def test_value_is_bounded_by_the_volume_of_the_unplaced_items(network, model, played):
+    observations = played[1]
+    wild = script.Model(jax.tree.map(lambda x: 10.0 * x, model.params), model.state)
+    (logits, value), _ = network.apply(wild.params, wild.state, None, observations)
+    x, y, z = map(np.asarray, observations.items)
+    waiting = np.asarray(observations.items_mask & ~observations.items_placed)
+    bound = (x * y * z * waiting).sum(-1)
+    assert (np.asarray(value) >= 0).all() and (np.asarray(value) <= bound + 1e-6).all()
+    legal = np.asarray(script.legal_actions(observations))
+    illegal_mass = np.where(legal, 0.0, np.asarray(jax.nn.softmax(logits))).sum(-1)
+    assert illegal_mass[np.asarray(script.is_decision(observations))].max() == 0.0
+
+
+def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
+    config = config.model_copy(update=dict(num_epochs=3, training_batch_size=16))  # 9 x 16 slots for 8 x 19 rows.
+    mask = np.random.default_rng(0).random(config.rollout_batch_size * script.MAX_DECISIONS) < 0.97
+    rows = np.asarray(script.minibatch_rows(jax.random.PRNGKey(0), jnp.array(mask), config))
+    assert rows.shape == (27, 16) and mask[rows].all()
+    epochs = rows.reshape(3, -1)
+    for epoch in epochs:
+        assert len(set(epoch)) == min(mask.sum(), epoch.size)
+    assert not np.array_equal(epochs[0], epochs[1])
+    few = np.zeros_like(mask)
+    few[[3, 50, 99]] = True
+    rows = np.asarray(script.minibatch_rows(jax.random.PRNGKey(0), jnp.array(few), config))
+    assert set(rows.ravel()) == {3, 50, 99} and np.bincount(rows[:9].ravel())[[3, 50, 99]].tolist() == [48, 48, 48]
+
+
+@pytest.fixture(scope="module")
+def iterated(env, network, config):
+    """Two iterations on 1, 2 and 4 devices: {devices: (states, metrics, compilations)}."""
+    found = {}
+    for count in (1, 2, 4):
+        devices = jax.local_devices()[:count]
+        state = script.replicate(script.init_train_state(env, network, config), devices)
+        iterate = script.make_train_iteration(env, network, config, count)
+        iterate = jax.pmap(iterate, axis_name=script.DEVICES, devices=devices, donate_argnums=0)
+        metrics = []
+        for _ in range(2 if count > 1 else 4):
+            state, row = iterate(state)
+            metrics.append(script.host_copy(row))
+            if len(metrics) == 2:
+                kept = jax.tree.map(np.asarray, state.params)
+        found[count] = (kept, metrics, iterate._cache_size())
+    return found
+
+
+def test_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
+    params, metrics, _ = iterated[1]
+    for count in (2, 4):
+        others, other_metrics, _ = iterated[count]
+        for device in range(count):
+            mine = flat_vector(jax.tree.map(lambda x: x[0], params))
+            theirs = flat_vector(jax.tree.map(lambda x, d=device: x[d], others))
+            np.testing.assert_allclose(theirs, mine, rtol=1e-3, atol=2e-4)
+        for key in ("decisions", "rollout/avg_return", "rollout/avg_steps", "rollout/solved_rate"):
+            assert other_metrics[0][key] == pytest.approx(metrics[0][key], rel=1e-6), key
+        for key in metrics[0]:
+            assert other_metrics[0][key] == pytest.approx(metrics[0][key], rel=1e-3, abs=1e-5), key
+
+
+def test_one_compilation_serves_all_iterations(iterated):
+    assert [compilations for _, _, compilations in iterated.values()] == [1, 1, 1]
+
+
+def test_training_changes_every_parameter(env, network, config, iterated):
+    start = script.init_train_state(env, network, config).params
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(iterated[1][0]), strict=True
+    ):
+        assert not np.array_equal(before, after[0]), jax.tree_util.keystr(path)
+
+
+def test_evaluation_does_not_depend_on_devices(env, network, config, model):
+    config = config.model_copy(update=dict(eval_batch_size=6))  # Four devices need two surplus instances.
+    policy = script.make_greedy_policy(network)
+    results = []
+    for count in (1, 2, 4):
+        devices = jax.local_devices()[:count]
+        evaluate = script.make_evaluation(env, policy, config, devices)
+        results.append(evaluate(script.replicate(model, devices)))
+    assert results[0] == results[1] == results[2]
+    assert 0.2 < results[0]["avg_return"] < 1.0 and 5 < results[0]["packed_items"] < 19
+
+
+def test_learning_reduces_the_loss(env, network, config):
+    """A few iterations on a fixed seed: the cross-entropy falls and the return of the search's play rises."""
+    config = config.model_copy(update=dict(num_epochs=4, learning_rate=3e-3, rollout_batch_size=32))
+    devices = jax.local_devices()[:1]
+    state = script.replicate(script.init_train_state(env, network, config), devices)
+    iterate = jax.pmap(script.make_train_iteration(env, network, config, 1), axis_name=script.DEVICES, devices=devices)
+    rows = []
+    for _ in range(12):
+        state, metrics = iterate(state)
+        rows.append(script.host_copy(metrics))
+    first, last = (np.mean([row["rollout/avg_return"] for row in part]) for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.05
+    assert rows[-1]["train/policy_loss"] < 0.8 * rows[0]["train/policy_loss"]
