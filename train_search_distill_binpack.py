@@ -88,7 +88,9 @@ class Config(BaseModel):
     value_scale: Positive = Field(1.0, description="scale of Q in the search's policy improvement")
     maxvisit_init: NotNegative = Field(50.0, description="visits added to the largest visit count in the scale of Q")
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
-    discount: Fraction = Field(1.0, description="discount of rewards, in search and in returns")
+    discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="discount of rewards, in search and in returns"
+    )
     # Learning.
     training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
     num_epochs: Count = Field(1, description="passes over an iteration's decisions")
@@ -969,17 +971,13 @@ def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
         raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
     except Exception as error:  # A damaged pickle can raise nearly anything.
         raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
-    if not isinstance(contents, dict) or "format_version" not in contents:
+    if not isinstance(contents, dict) or not {"format_version", "method", "config"} <= contents.keys():
         raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
-    if contents["format_version"] != FORMAT_VERSION:
-        raise UsageError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {contents['format_version']};"
-            " use the version of this script that wrote it"
-        )
-    for key, expected in (("method", method), ("env_id", env_id)):
-        found = contents.get(key, contents["config"].get(key))
-        if found != expected:
-            raise UsageError(f"{path}: expected {key}={expected}, got {found}; give a checkpoint of {expected}")
+    expected = dict(format_version=FORMAT_VERSION, method=method, env_id=env_id)
+    found = {key: contents.get(key, contents["config"].get(key)) for key in expected}
+    for key in expected:
+        if found[key] != expected[key]:
+            raise UsageError(f"{path}: expected {key}={expected[key]}, got {found[key]}; give a checkpoint that has it")
     return contents
 
 
@@ -993,12 +991,19 @@ def prepare_run(config: BaseModel) -> dict | None:
 
     Raises `UsageError` if files of an earlier run are in the way."""
     run_dir = config.run_dir()
-    if config.resume and config.resume != "auto":
-        return read_checkpoint(config.resume, METHOD, config.env_id)
     earlier = find_checkpoints(run_dir)
-    if config.resume and earlier:
-        return read_checkpoint(earlier[-1], METHOD, config.env_id)
     files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    if config.resume == "auto" and earlier:
+        return read_checkpoint(earlier[-1], METHOD, config.env_id)
+    if config.resume and config.resume != "auto":
+        checkpoint = read_checkpoint(config.resume, METHOD, config.env_id)
+        same_run = Path(config.resume).resolve().parent == run_dir.resolve()
+        if files and not (same_run and earlier[-1].samefile(config.resume)):
+            raise UsageError(
+                f"{run_dir} holds files that resume={config.resume} would write over; type resume=auto to continue from"
+                " the newest checkpoint there, or another save_dir"
+            )
+        return checkpoint
     if files and not config.resume and not config.overwrite:
         raise UsageError(
             f"{run_dir} holds an earlier run; type resume=auto to continue it, overwrite=true to delete it,"
@@ -1183,6 +1188,9 @@ def train(config: Config, preset: str) -> int:
             iteration=jnp.int32(checkpoint["iteration"]),
         )
         frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
+        for key, value in config.model_dump(mode="json").items():
+            if checkpoint["config"].get(key) != value and key not in ("resume", "overwrite", "save_dir"):
+                print(f"{key} changes from {_as_typed(checkpoint['config'].get(key))} to {_as_typed(value)}")
     iteration = int(state.iteration)
 
     run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
