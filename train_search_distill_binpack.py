@@ -16,6 +16,8 @@ K searched actions, D model width, H attention heads, N simulations, M minibatch
     python train_search_distill_binpack.py --help                   # every key, its default and its meaning
 """
 
+from __future__ import annotations
+
 import difflib
 import functools
 import itertools
@@ -31,7 +33,7 @@ import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import haiku as hk
 import jax
@@ -41,10 +43,13 @@ import numpy as np
 import optax
 import tqdm
 import wandb
-from jumanji.environments import BinPack
-from jumanji.environments.packing.bin_pack.types import Item, Observation, Space, State
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from jumanji.environments import BinPack
+    from jumanji.environments.packing.bin_pack.types import EMS, Observation, State
+    from jumanji.types import TimeStep
 
 METHOD = "search_distill"
 
@@ -63,6 +68,7 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
 NUM_ACTIONS = 800
+EVAL_CHUNK = 64  # Evaluation instances that a device plays at a time.
 
 
 class Config(BaseModel):
@@ -109,12 +115,11 @@ class Config(BaseModel):
     pair_units: Count = Field(32, description="units of the per-pair layer in the policy head")
     # Evaluation, log and files.
     eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
-    eval_batch_size: Count = Field(1024, description="evaluation instances")
+    eval_batch_size: Annotated[int, Field(ge=2)] = Field(1024, description="evaluation instances")
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
-    eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
-    eval_leaf_value: Literal["network", "completion"] = Field("network", description="leaf_value of that evaluation")
+    eval_num_simulations: CountOrZero = Field(32, description="simulations when search is evaluated (0: never)")
     eval_search_interval: CountOrZero = Field(
-        0, description="iterations between evaluations with search (0: only after the last iteration)"
+        0, description="iterations between evaluations of search (0: only after the last iteration)"
     )
     save_dir: Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
@@ -151,7 +156,7 @@ class Config(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=120,
+        max_num_iters=100,
         rollout_batch_size=64,
         num_simulations=4,
         leaf_value="completion",
@@ -159,7 +164,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         training_batch_size=256,
         num_epochs=2,
         learning_rate=2e-3,
-        learning_rate_decay_iters=120,
+        learning_rate_decay_iters=100,
         num_transformer_layers=1,
         transformer_num_heads=4,
         transformer_key_size=16,
@@ -273,93 +278,93 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
 # ======================================================================================================================
 
 
-class FastBinPack(BinPack):
-    """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop.
+def make_env() -> BinPack:
+    """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
+    # Imported here and not at the top: Jumanji creates arrays when it is imported, which starts JAX's devices.
+    from jumanji.environments import BinPack
+
+    class FastBinPack(BinPack):
+        def _update_ems(self, state: State, item_id: jax.Array) -> State:
+            state.ems, state.ems_mask = update_ems(state, item_id)
+            return state
+
+    return FastBinPack()
+
+
+def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, TimeStep]:
+    """`env.step` with a flat action `ems * I + item`, int32 []. A state without legal actions absorbs any action: it
+    stays as it is and the reward is 0."""
+    return env.step(state, jnp.stack(jnp.divmod(action, env.generator.max_num_items)))
+
+
+def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
+    """EMSs and their mask after an item was placed: Jumanji's `_update_ems`, slot for slot.
 
     Jumanji adds the pieces of cut EMSs one by one, in 240 dependent steps. Which pieces survive has a closed form,
     because inclusion is transitive and pieces cut in different directions never contain each other.
-    Actions may be given flat, as `ems * I + item`.
     """
+    lower = jnp.stack([state.ems.x1, state.ems.y1, state.ems.z1])  # [3, E], as all [3, E] below: axis, slot.
+    upper = jnp.stack([state.ems.x2, state.ems.y2, state.ems.z2])
+    location = jnp.stack([axis[item_id] for axis in state.items_location])
+    item = jnp.stack([location, location + jnp.stack([axis[item_id] for axis in state.items])], 1)  # [3, 2]
+    num_ems = lower.shape[1]
 
-    @property
-    def num_items(self) -> int:
-        return self.generator.max_num_items
+    overlaps = (jnp.maximum(lower, item[:, :1]) < jnp.minimum(upper, item[:, 1:])).all(0)
+    hit = state.ems_mask & overlaps
+    kept = state.ems_mask & ~overlaps
 
-    @property
-    def num_actions(self) -> int:
-        return self.obs_num_ems * self.num_items
+    # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
+    # Sets of EMSs are bit masks, [..., W] words, which makes the 40 x 40 comparisons cheap to combine:
+    # inside[f, j] holds the EMSs k that j does not reach out of on side f, around[f, j] those that j surrounds.
+    sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
+    inside = _pack_bits(sides[:, :, None] >= sides[:, None, :])  # [6, E, W]
+    around = _pack_bits(sides[:, :, None] <= sides[:, None, :])
+    moved = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
+    inside, around = (_and_of_others(x)[moved] for x in (inside, around))
 
-    def step_flat(self, state: State, action: jax.Array) -> tuple[State, Any]:
-        """`step` with a flat action, an int32 scalar in [0, A). A state without legal actions absorbs any action:
-        the state stays as it is and the reward is 0."""
-        return self.step(state, jnp.stack([action // self.num_items, action % self.num_items]))
+    plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # A candidate lies below it, in sides' signs.
+    candidate = hit & (sides < plane)  # [6, E], not empty
+    candidates = _pack_bits(candidate)[:, None]  # [6, 1, W]
+    kept_around = _pack_bits(kept & (plane <= -sides[moved]))[:, None]  # Reach as far as the plane.
+    earlier = _pack_bits(np.tri(num_ems, k=-1, dtype=bool))  # [E, W]
+    first = _pack_bits(np.arange(num_ems) == 0)  # [W]
 
-    def _update_ems(self, state: State, item_id: jax.Array) -> State:
-        """Replaces Jumanji's method of this name: same arguments, same result, same slot for every EMS."""
-        lower = jnp.stack([state.ems.x1, state.ems.y1, state.ems.z1])  # [3, E], as all [3, E] below: axis, slot.
-        upper = jnp.stack([state.ems.x2, state.ems.y2, state.ems.z2])
-        location = jnp.stack([axis[item_id] for axis in state.items_location])
-        item = jnp.stack([location, location + jnp.stack([axis[item_id] for axis in state.items])], 1)  # [3, 2]
-        num_ems = lower.shape[1]
+    candidate &= ~(inside & ~around & candidates).any(-1)  # Strictly inside another one.
+    twins = inside & around & candidates & earlier  # Earlier candidates that are equal.
+    inside_kept = inside & kept_around
+    accepted = (candidate & ~(twins | inside_kept).any(-1)).reshape(-1)  # [6E], in Jumanji's order
 
-        overlaps = (jnp.maximum(lower, item[:, :1]) < jnp.minimum(upper, item[:, 1:])).all(0)
-        hit = state.ems_mask & overlaps
-        kept = state.ems_mask & ~overlaps
+    # The i-th accepted candidate takes the i-th free slot.
+    rank = jnp.cumsum(accepted)  # [6E], 1 for the first.
+    free_rank = jnp.cumsum(~kept)  # [E]
+    source = (rank[None] < free_rank[:, None]).sum(1)  # [E]: index of the candidate with this rank.
+    filled = ~kept & (free_rank <= rank[-1])
 
-        # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
-        # Sets of EMSs are bit masks, [..., W] words, which makes the 40 x 40 comparisons cheap to combine:
-        # inside[f, j] holds the EMSs k that j does not reach out of on side f, around[f, j] those that j surrounds.
-        sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
-        inside = _pack_bits(sides[:, :, None] >= sides[:, None, :])  # [6, E, W]
-        around = _pack_bits(sides[:, :, None] <= sides[:, None, :])
-        moved = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
-        inside, around = (_and_of_others(x)[moved] for x in (inside, around))
+    # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
+    # contains it; if one of them is not inside the first occupant of slot 0, the last of them ends there.
+    order = jnp.arange(6 * num_ems)
+    num_free = free_rank[-1]
+    late = (rank - accepted) >= num_free  # The buffer was full when its turn came.
+    placed = accepted & ~late
+    took_first = placed & (rank == 1) & ~kept[0]
+    elsewhere = _pack_bits((placed & ~took_first).reshape(6, num_ems))[:, None]
+    in_other = ((inside_kept & ~first) | (twins & elsewhere)).any(-1)
+    in_first = ((inside_kept & first) | (twins & _pack_bits(took_first.reshape(6, num_ems))[:, None])).any(-1)
+    counts = late & (candidate & ~in_other).reshape(-1)
+    not_in_first = ~in_first.reshape(-1)
+    last = jnp.max(jnp.where(counts, order, -1))
+    overwritten = (counts & not_in_first).any()
+    source = source.at[0].set(jnp.where(overwritten, last, source[0]))
+    filled = filled.at[0].set(filled[0] | overwritten)
 
-        plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # A candidate lies below it, in sides' signs.
-        candidate = hit & (sides < plane)  # [6, E], not empty
-        candidates = _pack_bits(candidate)[:, None]  # [6, 1, W]
-        kept_around = _pack_bits(kept & (plane <= -sides[moved]))[:, None]  # Reach as far as the plane.
-        earlier = _pack_bits(np.tri(num_ems, k=-1, dtype=bool))  # [E, W]
-        first = _pack_bits(np.arange(num_ems) == 0)  # [W]
-
-        candidate &= ~(inside & ~around & candidates).any(-1)  # Strictly inside another one.
-        twins = inside & around & candidates & earlier  # Earlier candidates that are equal.
-        inside_kept = inside & kept_around
-        accepted = (candidate & ~(twins | inside_kept).any(-1)).reshape(-1)  # [6E], in Jumanji's order
-
-        # The i-th accepted candidate takes the i-th free slot.
-        rank = jnp.cumsum(accepted)  # [6E], 1 for the first.
-        free_rank = jnp.cumsum(~kept)  # [E]
-        source = (rank[None] < free_rank[:, None]).sum(1)  # [E]: index of the candidate with this rank.
-        filled = ~kept & (free_rank <= rank[-1])
-
-        # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
-        # contains it; if one of them is not inside the first occupant of slot 0, the last of them ends there.
-        order = jnp.arange(6 * num_ems)
-        num_free = free_rank[-1]
-        late = (rank - accepted) >= num_free  # The buffer was full when its turn came.
-        placed = accepted & ~late
-        took_first = placed & (rank == 1) & ~kept[0]
-        elsewhere = _pack_bits((placed & ~took_first).reshape(6, num_ems))[:, None]
-        in_other = ((inside_kept & ~first) | (twins & elsewhere)).any(-1)
-        in_first = ((inside_kept & first) | (twins & _pack_bits(took_first.reshape(6, num_ems))[:, None])).any(-1)
-        counts = late & (candidate & ~in_other).reshape(-1)
-        not_in_first = ~in_first.reshape(-1)
-        last = jnp.max(jnp.where(counts, order, -1))
-        overwritten = (counts & not_in_first).any()
-        source = source.at[0].set(jnp.where(overwritten, last, source[0]))
-        filled = filled.at[0].set(filled[0] | overwritten)
-
-        slot, face = source % num_ems, source // num_ems
-        bounds = {}
-        for axis, name in enumerate("xyz"):
-            new_lower = jnp.where(face == 2 * axis + 1, item[axis, 1], lower[axis, slot])
-            new_upper = jnp.where(face == 2 * axis, item[axis, 0], upper[axis, slot])
-            bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
-            bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
-        state.ems = Space(**bounds)
-        state.ems_mask = kept | filled
-        return state
+    slot, face = source % num_ems, source // num_ems
+    bounds = {}
+    for axis, name in enumerate("xyz"):
+        new_lower = jnp.where(face == 2 * axis + 1, item[axis, 1], lower[axis, slot])
+        new_upper = jnp.where(face == 2 * axis, item[axis, 0], upper[axis, slot])
+        bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
+        bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
+    return state.ems.replace(**bounds), kept | filled
 
 
 def _pack_bits(x: jax.Array) -> jax.Array:
@@ -395,8 +400,8 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
     ems, items = observation.ems, observation.items
     lower = jnp.stack([ems.x1, ems.y1, ems.z1])[axes]
     upper = jnp.stack([ems.x2, ems.y2, ems.z2])[axes]
-    ems = Space(x1=lower[0], x2=upper[0], y1=lower[1], y2=upper[1], z1=lower[2], z2=upper[2])
-    return observation._replace(ems=ems, items=Item(*jnp.stack(items)[axes]))
+    ems = ems.replace(x1=lower[0], x2=upper[0], y1=lower[1], y2=upper[1], z1=lower[2], z2=upper[2])
+    return observation._replace(ems=ems, items=type(items)(*jnp.stack(items)[axes]))
 
 
 # ======================================================================================================================
@@ -595,12 +600,11 @@ def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
 
 
 def make_search_policy(
-    env: FastBinPack,
+    env: BinPack,
     network: hk.TransformedWithState,
     config: Config,
     num_simulations: int,
     gumbel_scale: float,
-    leaf_value: str,
 ) -> Policy:
     """Gumbel MuZero search on the true dynamics (Danihelka et al. 2022, 'Policy improvement by planning with Gumbel').
 
@@ -627,7 +631,7 @@ def make_search_policy(
         def body(carry):
             state, observation, total, discount = carry
             (logits, _), _ = network.apply(model.params, model.state, None, observation)
-            state, timestep = env.step_flat(state, jnp.argmax(logits))
+            state, timestep = step_flat(env, state, jnp.argmax(logits))
             return state, timestep.observation, total + discount * timestep.reward, discount * config.discount
 
         init = (state, observation, jnp.float32(0.0), jnp.float32(1.0))
@@ -637,9 +641,9 @@ def make_search_policy(
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
         state, actions = jax.tree.map(lambda x: x[0], embedding)
-        state, timestep = env.step_flat(state, actions[action[0]])
+        state, timestep = step_flat(env, state, actions[action[0]])
         actions, logits, value = prior_and_value(model, timestep.observation)
-        if leaf_value == "completion":
+        if config.leaf_value == "completion":
             value = complete(model, state, timestep.observation)
         output = mctx.RecurrentFnOutput(
             reward=timestep.reward, discount=config.discount * timestep.discount, prior_logits=logits, value=value
@@ -647,11 +651,11 @@ def make_search_policy(
         return jax.tree.map(lambda x: x[None], (output, (state, actions)))
 
     def start(model: Model, state: State, observation: Observation):
-        return complete(model, state, observation) if leaf_value == "completion" else ()
+        return complete(model, state, observation) if config.leaf_value == "completion" else ()
 
     def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
         actions, logits, value = prior_and_value(model, observation)
-        if leaf_value == "completion":
+        if config.leaf_value == "completion":
             value = memory
         legal = legal_actions(observation)[actions]
         root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=(state, actions))
@@ -667,7 +671,7 @@ def make_search_policy(
             gumbel_scale=gumbel_scale,
         )
         output = jax.tree.map(lambda x: x[0], output)
-        if leaf_value == "completion":
+        if config.leaf_value == "completion":
             memory = output.search_tree.raw_values[output.search_tree.children_index[0, output.action]]
         prior = jax.nn.log_softmax(jnp.where(legal, logits, MASKED))
         return actions[output.action], Decision(actions, output.action_weights, prior), memory
@@ -692,7 +696,7 @@ class Trajectory(NamedTuple):
     solved: jax.Array  # bool [B], every item placed
 
 
-def make_rollout(env: FastBinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
+def make_rollout(env: BinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
     """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
 
     def play(model: Model, key: jax.Array) -> Trajectory:
@@ -702,7 +706,7 @@ def make_rollout(env: FastBinPack, policy: Policy) -> Callable[[Model, jax.Array
         def step(carry, t):
             state, observation, memory = carry
             action, decision, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
-            state, timestep = env.step_flat(state, action)
+            state, timestep = step_flat(env, state, action)
             row = (observation, decision, timestep.reward, is_decision(observation))
             return (state, timestep.observation, memory), row
 
@@ -807,7 +811,7 @@ def steps_per_epoch(config: Config) -> int:
     return config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size
 
 
-def init_train_state(env: FastBinPack, network: hk.TransformedWithState, config: Config) -> TrainState:
+def init_train_state(env: BinPack, network: hk.TransformedWithState, config: Config) -> TrainState:
     """A fresh state from `config.seed` (not replicated)."""
     key = jax.random.PRNGKey(config.seed)
     _, timestep = env.reset(key)
@@ -816,14 +820,14 @@ def init_train_state(env: FastBinPack, network: hk.TransformedWithState, config:
 
 
 def make_train_iteration(
-    env: FastBinPack, network: hk.TransformedWithState, config: Config, num_devices: int
+    env: BinPack, network: hk.TransformedWithState, config: Config, num_devices: int
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns iterate(state) -> (state, metrics), to be pmapped over `num_devices` with axis name DEVICES.
 
     Each device plays its share of the episodes; the rows are gathered, shuffled the same way everywhere, and each
     device takes its share of every minibatch. So neither the data nor the minibatches depend on the devices.
     """
-    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale, config.leaf_value)
+    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     rollout = make_rollout(env, policy)
     gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
     optimizer = make_optimizer(config)
@@ -843,7 +847,7 @@ def make_train_iteration(
         (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
         metrics, grads = psum((metrics, grads))
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
     def iterate(state: TrainState):
@@ -897,32 +901,64 @@ def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array
 # ======================================================================================================================
 
 
-def make_evaluation(env: FastBinPack, policy: Policy, config: Config, devices: list) -> Callable[[Model], dict]:
-    """Returns evaluate(replicated model) -> metrics on `eval_batch_size` instances that `eval_seed` alone fixes."""
-    share = -(-config.eval_batch_size // len(devices))  # Instances a device, rounded up; the surplus is dropped.
+class Episodes(NamedTuple):
+    """Outcomes of N played instances, numpy arrays [N]."""
+
+    returns: np.ndarray  # volume utilisation
+    steps: np.ndarray  # items packed
+    solved: np.ndarray  # bool, every item packed
+
+
+def evaluation_keys(config: Config) -> jax.Array:
+    """One key for each instance, [N, 2], fixed by `eval_seed` alone."""
+    seed = jax.random.PRNGKey(config.eval_seed)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, jnp.arange(config.eval_batch_size))
+
+
+def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, jax.Array], Episodes]:
+    """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
     rollout = make_rollout(env, policy)
 
-    def play(model, keys):
+    def play_chunk(model, keys):
         trajectory = rollout(model, keys)
-        return trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved
+        return Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
 
-    play = jax.pmap(play, axis_name=DEVICES, devices=devices)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        jax.random.PRNGKey(config.eval_seed), jnp.arange(share * len(devices))
-    ).reshape(len(devices), share, -1)
+    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, devices=devices)
 
-    def evaluate(model: Model) -> dict[str, float]:
-        results = jax.device_get(play(model, keys))
-        returns, steps, solved = (np.asarray(x).reshape(-1)[: config.eval_batch_size] for x in results)
-        spread = returns.std(ddof=1) if len(returns) > 1 else math.nan
-        return {
-            "avg_return": float(returns.mean(dtype=np.float64)),
-            "avg_return_se": float(spread / math.sqrt(len(returns))),
-            "solved_rate": float(solved.mean()),
-            "packed_items": float(steps.mean()),
-        }
+    def play(model: Model, keys: jax.Array) -> Episodes:
+        size = len(devices) * EVAL_CHUNK
+        chunks = jnp.resize(keys, (-(-len(keys) // size), len(devices), EVAL_CHUNK, 2))  # Repeats fill the last chunk.
+        played = jax.device_get([play_chunk(model, chunk) for chunk in chunks])
+        return Episodes(*(np.concatenate([np.ravel(x) for x in field])[: len(keys)] for field in zip(*played)))
 
-    return evaluate
+    return play
+
+
+def search_on_top(play_search: Callable, model: Model, keys: jax.Array, greedy: Episodes) -> Episodes:
+    """Search on the instances that greedy play does not fill completely, keeping the better of the two episodes.
+
+    The dynamics are exact and deterministic, so a full container found by greedy play is an optimum in hand.
+    """
+    rest = np.flatnonzero(~greedy.solved)
+    if not len(rest):
+        return greedy
+    searched = play_search(model, keys[rest])
+    better = searched.returns > greedy.returns[rest]
+    merged = Episodes(*(x.copy() for x in greedy))
+    for mine, theirs in zip(merged, searched):
+        mine[rest[better]] = theirs[better]
+    return merged
+
+
+def summarise(episodes: Episodes) -> dict[str, float]:
+    """Means over instances, with the standard error of the utilisation."""
+    returns = episodes.returns.astype(np.float64)
+    return {
+        "avg_return": float(returns.mean()),
+        "avg_return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))),
+        "solved_rate": float(episodes.solved.mean()),
+        "packed_items": float(episodes.steps.mean()),
+    }
 
 
 # ======================================================================================================================
@@ -1141,10 +1177,10 @@ def replicate(tree: Any, devices: list) -> Any:
 
 def host_copy(tree: Any) -> Any:
     """The first device's copy of a replicated tree, as numpy arrays."""
-    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
 
 
-def estimate_seconds(env: FastBinPack, network: hk.TransformedWithState, config: Config, state: TrainState) -> float:
+def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: Config, state: TrainState) -> float:
     """Seconds of one iteration, from a measured network pass and environment step on this machine."""
     batch = min(64, config.rollout_batch_size)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
@@ -1152,7 +1188,7 @@ def estimate_seconds(env: FastBinPack, network: hk.TransformedWithState, config:
     @jax.jit
     def visit(env_state, observation):
         (logits, value), _ = network.apply(state.params, state.net_state, None, observation)
-        return jax.vmap(env.step_flat)(env_state, jnp.argmax(logits, -1)), value
+        return jax.vmap(functools.partial(step_flat, env))(env_state, jnp.argmax(logits, -1)), value
 
     jax.block_until_ready(visit(env_state, timestep.observation))
     start = time.perf_counter()
@@ -1174,7 +1210,7 @@ def train(config: Config, preset: str) -> int:
     if config.compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
 
-    env, network = FastBinPack(), make_network(config)
+    env, network = make_env(), make_network(config)
     state = init_train_state(env, network, config)
     checkpoint = prepare_run(config)
     frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
@@ -1208,14 +1244,21 @@ def train(config: Config, preset: str) -> int:
     state = replicate(state, devices)
     iterate = make_train_iteration(env, network, config, len(devices))
     iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
-    evaluations = {"greedy": make_evaluation(env, make_greedy_policy(network), config, devices)}
-    if config.eval_num_simulations:
-        search = make_search_policy(env, network, config, config.eval_num_simulations, 0.0, config.eval_leaf_value)
-        evaluations["search"] = make_evaluation(env, search, config, devices)
+    eval_keys = evaluation_keys(config)
+    play_greedy = make_player(env, make_greedy_policy(network), devices)
+    search = make_search_policy(env, network, config, config.eval_num_simulations or 1, gumbel_scale=0.0)
+    play_search = make_player(env, search, devices)
     start = time.perf_counter()
 
-    def evaluate(name: str) -> dict[str, float]:
-        results = evaluations[name](Model(state.params, state.net_state))
+    def evaluate(with_search: bool) -> dict[str, float]:
+        model = Model(state.params, state.net_state)
+        greedy = play_greedy(model, eval_keys)
+        metrics = report("greedy", summarise(greedy))
+        if with_search:
+            metrics |= report("search", summarise(search_on_top(play_search, model, eval_keys, greedy)))
+        return metrics
+
+    def report(name: str, results: dict[str, float]) -> dict[str, float]:
         log.say(
             f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {name:6} policy: utilisation"
             f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
@@ -1247,7 +1290,7 @@ def train(config: Config, preset: str) -> int:
         write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
 
     if iteration == 0:
-        log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate("greedy"))
+        log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate(with_search=False))
     try:
         while iteration < config.max_num_iters and not stop.made:
             began = time.perf_counter()
@@ -1258,10 +1301,9 @@ def train(config: Config, preset: str) -> int:
             decisions = int(metrics.pop("decisions"))
             frames += decisions
             metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
-            if due(config.eval_interval):
-                metrics |= evaluate("greedy")
-            if "search" in evaluations and due(config.eval_search_interval):
-                metrics |= evaluate("search")
+            with_search = config.eval_num_simulations > 0 and due(config.eval_search_interval)
+            if with_search or due(config.eval_interval):
+                metrics |= evaluate(with_search)
             log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
             if due(config.save_interval) or stop.made:
                 save()

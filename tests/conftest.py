@@ -41,7 +41,7 @@ def config():
 
 @pytest.fixture(scope="session")
 def env():
-    return script.FastBinPack()
+    return script.make_env()
 
 
 @pytest.fixture(scope="session")

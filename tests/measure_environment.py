@@ -42,7 +42,7 @@ def make_policy(name: str, env, config) -> script.Policy:
     if name != "searched":
         act = random_act if name == "random" else heuristic_act
         return script.Policy(start=lambda *_: (), act=act)
-    policy = script.make_search_policy(env, script.make_network(config), config, 4, 1.0, "network")
+    policy = script.make_search_policy(env, script.make_network(config), config, 4, 1.0)
 
     def act(model, key, state, observation, memory):
         action, _, memory = policy.act(model, key, state, observation, memory)
@@ -53,7 +53,7 @@ def make_policy(name: str, env, config) -> script.Policy:
 
 @functools.cache
 def make_compare(name: str, config):
-    fast, jumanji = script.FastBinPack(), BinPack()
+    fast, jumanji = script.make_env(), BinPack()
     wide = BinPack(generator=RandomGenerator(max_num_items=20, max_num_ems=80, split_num_same_items=2))
     policy = make_policy(name, fast, config)
 
@@ -91,7 +91,7 @@ def make_compare(name: str, config):
     @jax.jit
     def compare(model, keys):
         start, (states, actions, real, next_states, timesteps) = jax.vmap(
-            functools.partial(play, fast, fast.step_flat), in_axes=(None, 0)
+            functools.partial(play, fast, functools.partial(script.step_flat, fast)), in_axes=(None, 0)
         )(model, keys)
         reference = jax.vmap(replay)(keys, actions)
         overflow = jax.vmap(jax.vmap(overflows))(states, actions) & real
@@ -103,7 +103,7 @@ def make_compare(name: str, config):
 def compare_episodes(name: str, num_episodes: int, seed: int) -> dict:
     """Plays episodes of one kind in both environments -> steps, overflow states and the fields that differ."""
     config = script.Config(num_transformer_layers=1, transformer_num_heads=2, transformer_key_size=8)
-    env = script.FastBinPack()
+    env = script.make_env()
     state = script.init_train_state(env, script.make_network(config), config)
     keys = jax.random.split(jax.random.PRNGKey(seed), num_episodes)
     mine, reference, steps, overflow = make_compare(name, config)(script.Model(state.params, state.net_state), keys)

@@ -54,7 +54,7 @@ def test_command_runs_as_written(command, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     if "--help" not in words:
-        assert list(tmp_path.glob("checkpoints/BinPack-v2/nsim_*/seed_*/iter_000004.pkl"))
+        assert list(tmp_path.glob("*/BinPack-v2/nsim_*/seed_*/iter_000004.pkl"))
 
 
 def test_requirements_and_versions_in_use_agree():

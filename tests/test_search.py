@@ -36,7 +36,7 @@ def full_width_search(env, network, config, model, states, observations, num_sim
         return network.apply(model.params, model.state, None, observation)[0]
 
     def expand(params, key, action, state):
-        state, timestep = jax.vmap(env.step_flat)(state, action)
+        state, timestep = jax.vmap(functools.partial(script.step_flat, env))(state, action)
         logits, value = evaluate(timestep.observation)
         output = mctx.RecurrentFnOutput(
             reward=timestep.reward, discount=timestep.discount * config.discount, prior_logits=logits, value=value
@@ -71,7 +71,7 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     states, observations = rows(played, (count > 0) & (count <= 40))  # Interior nodes then stay within K as well.
     states, observations = jax.tree.map(lambda x: x[:400], (states, observations))
     assert len(observations.ems_mask) >= 300
-    policy = script.make_search_policy(env, network, config, 8, 0.0, "network")
+    policy = script.make_search_policy(env, network, config, 8, 0.0)
     action, decision = act_on(policy, model, states, observations)
     weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
     np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
@@ -86,7 +86,7 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
 
 def best_return(env, state, observation) -> float:
     """The largest return from a state, by trying everything."""
-    step = jax.jit(env.step_flat)
+    step = jax.jit(functools.partial(script.step_flat, env))
     best = 0.0
     for action in np.flatnonzero(np.asarray(observation.action_mask).reshape(-1)):
         after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
@@ -96,23 +96,22 @@ def best_return(env, state, observation) -> float:
 
 @pytest.mark.parametrize("leaf_value", ["network", "completion"])
 def test_search_finds_the_optimum_of_small_endgames(env, network, config, model, played, leaf_value):
-    """Two to four placements from the end, with simulations to spare, search plays what exhaustive search finds."""
-    config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=10.0))
+    """Two items from the end, with simulations to spare, search plays what exhaustive search finds."""
+    config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=100.0, leaf_value=leaf_value))
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
     items = np.asarray(observations.action_mask).any(-2).sum(-1)
-    states, observations = rows(played, (count >= 2) & (count <= 12) & (items >= 2) & (items <= 3))
+    states, observations = rows(played, (count >= 2) & (count <= 6) & (items == 2))
     states, observations = jax.tree.map(lambda x: x[:24], (states, observations))
-    policy = script.make_search_policy(env, network, config, 64, 0.0, leaf_value)
+    policy = script.make_search_policy(env, network, config, 128, 0.0)
     actions, _ = act_on(policy, model, states, observations)
     optimal, choices = 0, 0
     for i, action in enumerate(np.asarray(actions)):
         state, observation = jax.tree.map(lambda x, i=i: x[i], (states, observations))
         best = best_return(env, state, observation)
-        greedy_best = 0.0
-        after, timestep = env.step_flat(jax.tree.map(lambda x: x, state), jnp.int32(action))
-        greedy_best = float(timestep.reward) + best_return(env, after, timestep.observation)
-        optimal += abs(greedy_best - best) < 1e-6
+        after, timestep = script.step_flat(env, jax.tree.map(lambda x: x, state), jnp.int32(action))
+        achieved = float(timestep.reward) + best_return(env, after, timestep.observation)
+        optimal += abs(achieved - best) < 1e-6
         choices += 1
     assert choices >= 10 and optimal == choices
 
@@ -120,16 +119,16 @@ def test_search_finds_the_optimum_of_small_endgames(env, network, config, model,
 def test_search_improves_expected_q_at_every_state(env, network, config, model, played):
     """With every legal action visited once, E[Q] under the search's weights is at least that under the prior
     (Danihelka et al. 2022, section 4), Q being exact: the reward plus the greedy completion."""
-    config = config.model_copy(update=dict(max_num_considered_actions=8, maxvisit_init=0.0))
+    config = config.model_copy(update=dict(max_num_considered_actions=8, leaf_value="completion"))
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
     states, observations = rows(played, count == 8)
     assert len(observations.ems_mask) >= 8
-    policy = script.make_search_policy(env, network, config, 8, 0.0, "completion")
+    policy = script.make_search_policy(env, network, config, 8, 0.0)
     _, decision = act_on(policy, model, states, observations)
 
     def q_value(state, action):
-        state, timestep = env.step_flat(state, action)
+        state, timestep = script.step_flat(env, state, action)
         return timestep.reward + timestep.discount * policy.start(model, state, timestep.observation)
 
     q = jax.jit(jax.vmap(jax.vmap(q_value, in_axes=(None, 0))))(states, decision.actions[:, :8])
@@ -144,11 +143,12 @@ def test_carried_completion_equals_a_new_one(env, network, config, model, played
     """The value carried to the next root is the completion that a search from there would have computed."""
     states, observations = rows(played, script.is_decision(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
-    policy = script.make_search_policy(env, network, config, 4, 1.0, "completion")
+    config = config.model_copy(update=dict(leaf_value="completion"))
+    policy = script.make_search_policy(env, network, config, 4, 1.0)
 
     def carry(key, state, observation):
         action, _, memory = policy.act(model, key, state, observation, policy.start(model, state, observation))
-        state, timestep = env.step_flat(state, action)
+        state, timestep = script.step_flat(env, state, action)
         return memory, policy.start(model, state, timestep.observation)
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
@@ -167,6 +167,6 @@ def test_noise_explores_in_collection_and_evaluation_has_none(env, network, conf
     states, observations = rows(played, script.is_decision(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     for scale, differs in ((1.0, True), (0.0, False)):
-        policy = script.make_search_policy(env, network, config, 2, scale, "network")
+        policy = script.make_search_policy(env, network, config, 2, scale)
         first, second = (act_on(policy, model, states, observations, seed)[0] for seed in (0, 1))
         assert bool((first != second).any()) == differs

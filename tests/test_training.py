@@ -48,7 +48,8 @@ def test_loss_equals_a_plain_loop(network, config, model, played):
     for i in np.flatnonzero(np.asarray(samples.mask)):
         row = jax.tree.map(lambda x, i=i: x[i], samples)
         (logits, value), _ = network.apply(model.params, model.state, None, row.observation)
-        log_probs = np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() + 1e-38)
+        logits = np.asarray(logits, np.float64)
+        log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w)
         value_loss += (float(value) - float(row.returns)) ** 2
         count += 1
@@ -66,13 +67,13 @@ def test_padding_rows_change_neither_loss_nor_gradient(network, config, model, p
     (loss, metrics), gradient = loss_and_gradient(network, config, model, samples)
     (padded_loss, padded_metrics), padded_gradient = loss_and_gradient(network, config, model, padded)
     np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(flat_vector(padded_gradient), flat_vector(gradient), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(flat_vector(padded_gradient), flat_vector(gradient), rtol=1e-3, atol=1e-4)
     assert metrics.keys() == padded_metrics.keys() == {"policy_loss", "value_loss"}
 
 
 def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(env, network, config, model):
     """A trajectory's padding rows have mask False and reward 0, so that returns stop at the end of the episode."""
-    policy = script.make_search_policy(env, network, config, 2, 1.0, "network")
+    policy = script.make_search_policy(env, network, config, 2, 1.0)
     trajectory = jax.jit(script.make_rollout(env, policy))(model, jax.random.split(jax.random.PRNGKey(0), 32))
     mask, reward = np.asarray(trajectory.mask), np.asarray(trajectory.reward)
     assert not mask.all() and (reward[~mask] == 0).all() and (reward[mask] > 0).all()
@@ -128,14 +129,20 @@ def iterated(env, network, config):
         devices = jax.local_devices()[:count]
         state = script.replicate(script.init_train_state(env, network, config), devices)
         iterate = script.make_train_iteration(env, network, config, count)
-        iterate = jax.pmap(iterate, axis_name=script.DEVICES, devices=devices, donate_argnums=0)
+        traces = []
+
+        def counted(state, iterate=iterate, traces=traces):
+            traces.append(1)  # Runs once for each compilation.
+            return iterate(state)
+
+        iterate = jax.pmap(counted, axis_name=script.DEVICES, devices=devices, donate_argnums=0)
         metrics = []
         for _ in range(2 if count > 1 else 4):
             state, row = iterate(state)
             metrics.append(script.host_copy(row))
             if len(metrics) == 2:
                 kept = jax.tree.map(np.asarray, state.params)
-        found[count] = (kept, metrics, iterate._cache_size())
+        found[count] = (kept, metrics, len(traces))
     return found
 
 
@@ -166,15 +173,34 @@ def test_training_changes_every_parameter(env, network, config, iterated):
 
 
 def test_evaluation_does_not_depend_on_devices(env, network, config, model):
-    config = config.model_copy(update=dict(eval_batch_size=6))  # Four devices need two surplus instances.
+    """Nor on the number of instances: the first N of a larger evaluation are the evaluation of N."""
     policy = script.make_greedy_policy(network)
     results = []
-    for count in (1, 2, 4):
+    for count, size in ((1, 70), (2, 70), (4, 70), (1, 6)):
         devices = jax.local_devices()[:count]
-        evaluate = script.make_evaluation(env, policy, config, devices)
-        results.append(evaluate(script.replicate(model, devices)))
-    assert results[0] == results[1] == results[2]
-    assert 0.2 < results[0]["avg_return"] < 1.0 and 5 < results[0]["packed_items"] < 19
+        keys = script.evaluation_keys(config.model_copy(update=dict(eval_batch_size=size)))
+        results.append(script.make_player(env, policy, devices)(script.replicate(model, devices), keys))
+    for episodes in results[1:3]:
+        assert all(np.array_equal(a, b) for a, b in zip(episodes, results[0]))
+    assert all(np.array_equal(a, b[:6]) for a, b in zip(results[3], results[0]))
+    means = script.summarise(results[0])
+    assert 0.2 < means["avg_return"] < 1.0 and 5 < means["packed_items"] < 19
+    expected = np.std(results[0].returns, ddof=1) / 70**0.5
+    assert means["avg_return_se"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_search_on_top_searches_only_what_greedy_leaves_and_keeps_the_better(config):
+    greedy = script.Episodes(np.array([1.0, 0.5, 0.8]), np.array([19, 9, 15]), np.array([True, False, False]))
+    asked = []
+
+    def play_search(model, keys):
+        asked.append(np.asarray(keys).tolist())
+        return script.Episodes(np.array([0.9, 0.7]), np.array([17, 13]), np.array([False, False]))
+
+    merged = script.search_on_top(play_search, None, np.arange(3), greedy)
+    assert asked == [[1, 2]]
+    assert merged.returns.tolist() == [1.0, 0.9, 0.8] and merged.steps.tolist() == [19, 17, 15]
+    assert greedy.returns.tolist() == [1.0, 0.5, 0.8]
 
 
 def test_learning_reduces_the_loss(env, network, config):
