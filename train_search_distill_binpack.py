@@ -145,6 +145,12 @@ class Config(BaseModel):
                 f" = {self.rollout_batch_size * MAX_DECISIONS}, the decisions of one iteration; use"
                 f" training_batch_size={self.rollout_batch_size} or a larger rollout_batch_size"
             )
+        if 0 < self.learning_rate_decay_iters < self.max_num_iters:
+            raise ValueError(
+                f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
+                f" = {self.max_num_iters}, since nothing is learned at rate 0; type"
+                f" learning_rate_decay_iters={self.max_num_iters}"
+            )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
         return self
@@ -492,11 +498,9 @@ class PackingNetwork(hk.Module):
             items += attend(f"items_cross_{layer}")(
                 y, x, jnp.swapaxes(legal, -1, -2), jnp.swapaxes(bias[..., heads:], -2, -3)
             )
-            for name in ("ems", "items"):
-                x = spaces if name == "ems" else items
-                mlp = hk.nets.MLP([*config.transformer_mlp_units, width], name=f"{name}_mlp_{layer}")
-                x += mlp(_norm(x, f"{name}_mlp_norm_{layer}"))
-                spaces, items = (x, items) if name == "ems" else (spaces, x)
+            mlp = functools.partial(hk.nets.MLP, [*config.transformer_mlp_units, width])
+            spaces += mlp(name=f"ems_mlp_{layer}")(_norm(spaces, f"ems_mlp_norm_{layer}"))
+            items += mlp(name=f"items_mlp_{layer}")(_norm(items, f"items_mlp_norm_{layer}"))
         spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
 
         # Policy: bilinear in the tokens, plus a small layer that sees each pair and its relations.
@@ -527,7 +531,7 @@ class PackingNetwork(hk.Module):
 
 def _space_item_relations(space, item, space_volume, item_volume, waiting, legal) -> jax.Array:
     """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
-    fits, share of the space's volume, legality, and whether another item's length fills the slack exactly."""
+    fits, share of the space's volume, legality, and whether an unplaced item's length fills the slack exactly."""
     slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
     fits = _equal_length(slack)
     count = fits.sum(-1, keepdims=True)
@@ -909,13 +913,13 @@ class Episodes(NamedTuple):
     solved: np.ndarray  # bool, every item packed
 
 
-def evaluation_keys(config: Config) -> jax.Array:
+def evaluation_keys(config: Config) -> np.ndarray:
     """One key for each instance, [N, 2], fixed by `eval_seed` alone."""
     seed = jax.random.PRNGKey(config.eval_seed)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, jnp.arange(config.eval_batch_size))
+    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, np.arange(config.eval_batch_size)))
 
 
-def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, jax.Array], Episodes]:
+def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
     """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
     rollout = make_rollout(env, policy)
 
@@ -925,16 +929,16 @@ def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model,
 
     play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, devices=devices)
 
-    def play(model: Model, keys: jax.Array) -> Episodes:
+    def play(model: Model, keys: np.ndarray) -> Episodes:
         size = len(devices) * EVAL_CHUNK
-        chunks = jnp.resize(keys, (-(-len(keys) // size), len(devices), EVAL_CHUNK, 2))  # Repeats fill the last chunk.
+        chunks = np.resize(keys, (-(-len(keys) // size), len(devices), EVAL_CHUNK, 2))  # Repeats fill the last chunk.
         played = jax.device_get([play_chunk(model, chunk) for chunk in chunks])
         return Episodes(*(np.concatenate([np.ravel(x) for x in field])[: len(keys)] for field in zip(*played)))
 
     return play
 
 
-def search_on_top(play_search: Callable, model: Model, keys: jax.Array, greedy: Episodes) -> Episodes:
+def search_on_top(play_search: Callable, model: Model, keys: np.ndarray, greedy: Episodes) -> Episodes:
     """Search on the instances that greedy play does not fill completely, keeping the better of the two episodes.
 
     The dynamics are exact and deterministic, so a full container found by greedy play is an optimum in hand.
@@ -1084,9 +1088,10 @@ class RunLog:
         run_dir = config.run_dir()
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
-        rows = _rows_up_to(self.path, start_iteration)
-        self._file = open(self.path, "w", buffering=1)
-        self._file.writelines(rows)
+        temporary = run_dir / ".metrics.jsonl.tmp"
+        temporary.write_text("".join(_rows_up_to(self.path, start_iteration)))
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", buffering=1)
         self._wandb = _start_wandb(config, run_dir, wandb_id)
         self.bar = tqdm.tqdm(total=config.max_num_iters, initial=start_iteration, unit="it", disable=None)
 
@@ -1117,11 +1122,11 @@ class RunLog:
 def _rows_up_to(path: Path, iteration: int) -> list[str]:
     """The lines of an earlier log up to an iteration; what came after its checkpoint will be made again."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["iteration"] <= iteration:
-                rows.append(line)
-        except (ValueError, KeyError):  # A line torn by a crash.
+                rows.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # A line torn by a crash.
             continue
     return rows
 
@@ -1210,9 +1215,9 @@ def train(config: Config, preset: str) -> int:
     if config.compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
 
+    checkpoint = prepare_run(config)
     env, network = make_env(), make_network(config)
     state = init_train_state(env, network, config)
-    checkpoint = prepare_run(config)
     frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
     if checkpoint:
         params, net_state = checkpoint["model"]
@@ -1235,8 +1240,8 @@ def train(config: Config, preset: str) -> int:
     if devices[0].platform == "cpu" and preset == "full":
         seconds = estimate_seconds(env, network, config, state)
         print(
-            f"No accelerator: an iteration will take about {seconds:.0f} s here, {config.max_num_iters} of them"
-            f" {seconds * config.max_num_iters / 3600:.1f} h. preset=cpu is a complete run for two cores."
+            f"No accelerator: an iteration will take about {seconds:.3g} s here, {config.max_num_iters} of them"
+            f" {seconds * config.max_num_iters / 3600:.3g} h. preset=cpu is a complete run for two cores."
         )
 
     stop = StopRequest()
@@ -1323,7 +1328,7 @@ def train(config: Config, preset: str) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line: 0 for a finished or cleanly stopped run, 2 with one line for a user's mistake."""
-    if any(word in ("-h", "--help", "help") for word in argv):
+    if {"-h", "--help"} & set(argv):
         print(help_text(__doc__, Config, PRESETS))
         return 0
     try:
@@ -1335,4 +1340,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # A log in a file is read while the run goes on.
     sys.exit(main(sys.argv[1:]))

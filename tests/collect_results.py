@@ -1,8 +1,10 @@
-"""Collects finished runs into `tests/results/cpu_preset.json` and writes the README's table from that file.
+"""Collects finished runs into `tests/results/cpu_preset.json` and writes the README's table from it
+and from `tests/results/environment.json`.
 
     python tests/collect_results.py checkpoints/BinPack-v2/nsim_4 "2 cores of an AMD EPYC"
 
-takes the runs in the folder's `seed_*` and a description of the machine; without arguments only the table is made.
+takes the runs in the folder's `seed_*` (with the commit of the checkout that they lie in) and a description of the
+machine; without arguments only the table is made.
 """
 
 import json
@@ -14,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
+FLOORS = ROOT / "tests" / "results" / "environment.json"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -39,7 +42,7 @@ def collect(folder: Path, device: str) -> dict:
         last = {key: value for key, value in rows[-1].items() if key.startswith(("eval/", "rollout/"))}
         minutes, frames = 60 * rows[-1]["hours"], rows[-1]["frames"]
         runs.append(dict(seed=checkpoint["config"]["seed"], minutes=minutes, frames=frames, last=last, curve=curve))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
     command = "python train_search_distill_binpack.py preset=cpu seed=SEED"
     return dict(
         command=command,
@@ -51,13 +54,17 @@ def collect(folder: Path, device: str) -> dict:
     )
 
 
-def table(results: dict) -> str:
-    """The README's table: mean and standard error over seeds."""
+def table(results: dict, floors: dict) -> str:
+    """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
     runs = results["runs"]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     minutes = max(run["minutes"] for run in runs)
     title = f"`preset=cpu`, seeds {seeds}, {results['device']}, {minutes:.1f} minutes a run"
     lines = [f"| {title} | utilisation | filled completely |", "|---|---|---|"]
+    for name, label in (("random", "random legal actions"), ("heuristic", "largest item into the smallest space")):
+        one = floors["by_kind"][name]
+        mean, error = 100 * one["utilisation"], 100 * one["utilisation_se"]
+        lines.append(f"| {label} ({one['episodes']:,} other instances) | {mean:.2f} ± {error:.2f} % | |")
     simulations = results["config"]["eval_num_simulations"]
     for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search")):
         mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
@@ -65,7 +72,13 @@ def table(results: dict) -> str:
         lines.append(f"| {label} | {mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} % |")
     first = lambda bar: mean_and_error([_minutes_to(run, bar) for run in runs])[0]
     passed = f"The network alone passes 88.5 % after {first(0.885):.1f} minutes and 96 % after {first(0.96):.1f}"
-    return "\n".join([*lines, "", f"± is the standard error over seeds. {passed}, compilation included."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"± is the standard error over seeds (instances, for the two rules). {passed}, compilation included.",
+        ]
+    )
 
 
 def _minutes_to(run: dict, bar: float) -> float:
@@ -73,10 +86,10 @@ def _minutes_to(run: dict, bar: float) -> float:
     return next((60 * row["hours"] for row in run["curve"] if row["eval/greedy/avg_return"] > bar), math.inf)
 
 
-def with_table(readme: str, results: dict) -> str:
+def with_table(readme: str, results: dict, floors: dict) -> str:
     return re.sub(
         r"(<!-- results table: .*? -->\n).*?(<!-- end of results table -->)",
-        lambda match: match.group(1) + table(results) + "\n" + match.group(2),
+        lambda match: match.group(1) + table(results, floors) + "\n" + match.group(2),
         readme,
         flags=re.DOTALL,
     )
@@ -87,7 +100,8 @@ def main(argv: list[str]) -> None:
         folder, device = argv
         RESULTS.write_text(json.dumps(collect(Path(folder), device), indent=1) + "\n")
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), json.loads(RESULTS.read_text())))
+    results, floors = (json.loads(path.read_text()) for path in (RESULTS, FLOORS))
+    readme.write_text(with_table(readme.read_text(), results, floors))
 
 
 if __name__ == "__main__":

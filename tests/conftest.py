@@ -58,12 +58,12 @@ def model(env, network, config):
 
 @pytest.fixture(scope="session")
 def played(env, model):
-    """States and observations along random episodes, leaves [B, T, ...], with B = 64."""
+    """States and observations along random episodes, leaves [B, T, ...], with B = 128."""
 
     def act(model, key, state, observation, memory):
         logits = jax.numpy.where(script.legal_actions(observation), 0.0, script.MASKED)
         return jax.random.categorical(key, logits), state, memory  # The state in the place of the decision.
 
     rollout = script.make_rollout(env, script.Policy(start=lambda *_: (), act=act))
-    trajectory = jax.jit(rollout)(model, jax.random.split(jax.random.PRNGKey(7), 64))
+    trajectory = jax.jit(rollout)(model, jax.random.split(jax.random.PRNGKey(7), 128))
     return trajectory.decision, trajectory.observation

@@ -95,7 +95,7 @@ def make_compare(name: str, config):
         )(model, keys)
         reference = jax.vmap(replay)(keys, actions)
         overflow = jax.vmap(jax.vmap(overflows))(states, actions) & real
-        return (start, (next_states, timesteps)), reference, real.sum(), overflow.sum()
+        return (start, (next_states, timesteps)), reference, real.sum(), overflow.sum(), timesteps.reward.sum(1)
 
     return compare
 
@@ -106,7 +106,8 @@ def compare_episodes(name: str, num_episodes: int, seed: int) -> dict:
     env = script.make_env()
     state = script.init_train_state(env, script.make_network(config), config)
     keys = jax.random.split(jax.random.PRNGKey(seed), num_episodes)
-    mine, reference, steps, overflow = make_compare(name, config)(script.Model(state.params, state.net_state), keys)
+    model = script.Model(state.params, state.net_state)
+    mine, reference, steps, overflow, returns = make_compare(name, config)(model, keys)
     mine, reference = (jax.tree_util.tree_leaves_with_path(x) for x in (mine, reference))
     assert len(mine) == len(reference)
     differing = [
@@ -114,18 +115,27 @@ def compare_episodes(name: str, num_episodes: int, seed: int) -> dict:
         for (path, x), (_, y) in zip(mine, reference, strict=True)
         if x.dtype != y.dtype or not np.array_equal(np.asarray(x), np.asarray(y))
     ]
-    return dict(steps=int(steps), overflow_states=int(overflow), fields=len(mine), differing_fields=differing)
+    return dict(
+        steps=int(steps),
+        overflow_states=int(overflow),
+        differing_fields=differing,
+        returns=np.asarray(returns).tolist(),
+    )
 
 
 def main() -> None:
     results = {}
     for kind, rounds in (("random", 5), ("heuristic", 5), ("searched", 5)):
         total = dict(steps=0, overflow_states=0, differing_fields=[])
+        returns = []
         for seed in range(rounds):
             one = compare_episodes(kind, 512, seed)
             total["steps"] += one["steps"]
             total["overflow_states"] += one["overflow_states"]
             total["differing_fields"] += one["differing_fields"]
+            returns += one["returns"]
+        error = np.std(returns, ddof=1) / len(returns) ** 0.5
+        total |= dict(episodes=len(returns), utilisation=float(np.mean(returns)), utilisation_se=float(error))
         results[kind] = total
         print(kind, total, flush=True)
     summary = dict(

@@ -79,6 +79,7 @@ def test_single_keys_override_the_preset_wherever_they_stand():
         (["transformer_mlp_units=[]"], "transformer_mlp_units=[]"),
         (["transformer_mlp_units=${x}"], "transformer_mlp_units=${x}"),
         (["training_batch_size=30000"], "expected at most 19 x rollout_batch_size = 19456"),
+        (["preset=cpu", "max_num_iters=300"], "type learning_rate_decay_iters=300"),
         (["resume=auto", "overwrite=true"], "exclude each other"),
         (["resume=nowhere.pkl"], "expected a checkpoint file"),
         (["rollout_batch_size=1023"], "expected a multiple of the 4 devices; type rollout_batch_size=1024"),

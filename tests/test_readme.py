@@ -1,5 +1,6 @@
 """The commands of the README and of the script's docstring run as written, with small overrides added."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import collect_results
 import pytest
 from conftest import SMALL_WORDS
 
@@ -55,6 +57,12 @@ def test_command_runs_as_written(command, tmp_path):
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     if "--help" not in words:
         assert list(tmp_path.glob("*/BinPack-v2/nsim_*/seed_*/iter_000004.pkl"))
+
+
+def test_the_results_table_is_made_from_the_committed_files():
+    results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
+    assert collect_results.with_table(README, results, floors) == README
+    assert len(results["runs"]) >= 3 and results["commit"] and floors["differing_fields"] == []
 
 
 def test_requirements_and_versions_in_use_agree():

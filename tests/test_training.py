@@ -123,7 +123,7 @@ def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
 
 @pytest.fixture(scope="module")
 def iterated(env, network, config):
-    """Two iterations on 1, 2 and 4 devices: {devices: (states, metrics, compilations)}."""
+    """Iterations on 1, 2 and 4 devices: {devices: (gradient sums of the first, parameters, metrics, compilations)}."""
     found = {}
     for count in (1, 2, 4):
         devices = jax.local_devices()[:count]
@@ -140,20 +140,24 @@ def iterated(env, network, config):
         for _ in range(2 if count > 1 else 4):
             state, row = iterate(state)
             metrics.append(script.host_copy(row))
+            if len(metrics) == 1:  # Adam's first moment is a weighted sum of the clipped gradients.
+                moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
             if len(metrics) == 2:
-                kept = jax.tree.map(np.asarray, state.params)
-        found[count] = (kept, metrics, len(traces))
+                params = jax.tree.map(np.asarray, state.params)
+        found[count] = (moments, params, metrics, len(traces))
     return found
 
 
-def test_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
-    params, metrics, _ = iterated[1]
+def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
+    """Parameters may differ by a step of Adam where a gradient is 0 but for rounding, and so is its sign."""
+    moments, params, metrics, _ = iterated[1]
+    first = lambda tree, device=0: flat_vector(jax.tree.map(lambda x: x[device], tree))
     for count in (2, 4):
-        others, other_metrics, _ = iterated[count]
+        other_moments, other_params, other_metrics, _ = iterated[count]
         for device in range(count):
-            mine = flat_vector(jax.tree.map(lambda x: x[0], params))
-            theirs = flat_vector(jax.tree.map(lambda x, d=device: x[d], others))
-            np.testing.assert_allclose(theirs, mine, rtol=1e-3, atol=2e-4)
+            np.testing.assert_allclose(first(other_moments, device), first(moments), rtol=1e-3, atol=1e-4)
+            difference = np.abs(first(other_params, device) - first(params))
+            assert difference.max() < 4e-3 and np.mean(difference > 1e-4) < 0.01
         for key in ("decisions", "rollout/avg_return", "rollout/avg_steps", "rollout/solved_rate"):
             assert other_metrics[0][key] == pytest.approx(metrics[0][key], rel=1e-6), key
         for key in metrics[0]:
@@ -161,13 +165,13 @@ def test_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
 
 
 def test_one_compilation_serves_all_iterations(iterated):
-    assert [compilations for _, _, compilations in iterated.values()] == [1, 1, 1]
+    assert [compilations for *_, compilations in iterated.values()] == [1, 1, 1]
 
 
 def test_training_changes_every_parameter(env, network, config, iterated):
     start = script.init_train_state(env, network, config).params
     for (path, before), after in zip(
-        jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(iterated[1][0]), strict=True
+        jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(iterated[1][1]), strict=True
     ):
         assert not np.array_equal(before, after[0]), jax.tree_util.keystr(path)
 
