@@ -33,7 +33,7 @@ def heuristic_act(model, key, state, observation, memory):
     x, y, z = observation.items
     ems = observation.ems
     volume = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
-    score = 10.0 * (x * y * z)[None] - volume[:, None]
+    score = 1000.0 * (x * y * z)[None] - volume[:, None]
     return jnp.where(script.legal_actions(observation), score.reshape(-1), -jnp.inf).argmax(), state, memory
 
 
