@@ -68,7 +68,6 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
 NUM_ACTIONS = 800
-EVAL_CHUNK = 64  # Evaluation instances that a device plays at a time.
 
 
 class Config(BaseModel):
@@ -99,7 +98,7 @@ class Config(BaseModel):
     )
     # Learning.
     training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
-    num_epochs: Count = Field(1, description="passes over an iteration's decisions")
+    num_epochs: Count = Field(1, description="passes over an iteration's decisions, in whole minibatches")
     learning_rate: Positive = Field(1e-3, description="step size of Adam")
     learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
     max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
@@ -117,14 +116,16 @@ class Config(BaseModel):
     eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
     eval_batch_size: Annotated[int, Field(ge=2)] = Field(1024, description="evaluation instances")
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
-    eval_num_simulations: CountOrZero = Field(32, description="simulations when search is evaluated (0: never)")
+    eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
     eval_search_interval: CountOrZero = Field(
-        0, description="iterations between evaluations of search (0: only after the last iteration)"
+        0, description="iterations between evaluations with search (0: only after the last iteration)"
     )
     save_dir: Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
-    resume: str = Field("", description="'auto' (this run's newest checkpoint, if any) or the path of a checkpoint")
-    overwrite: bool = Field(False, description="delete this run's earlier files and start again")
+    resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "", description="'auto' (this run's newest checkpoint, if any) or the path of a checkpoint"
+    )
+    overwrite: bool = Field(False, description="delete this run's earlier checkpoints and log, and start again")
     wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
     compilation_cache_dir: str = Field(
         "~/.cache/search-distill-binpack", description="folder for compiled programs (empty: no cache)"
@@ -133,7 +134,8 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(x, bool) for x in entries):
             raise ValueError("expected a value that is not true or false")
         return value
 
@@ -182,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # ======================================================================================================================
-# Command line (twin section: stands byte for byte in both training scripts)
+# Command line (twin section: the same in the PPO script)
 # ======================================================================================================================
 
 
@@ -280,7 +282,7 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
 
 
 # ======================================================================================================================
-# Environment (twin section: stands byte for byte in both training scripts)
+# Environment (twin section: the same in the PPO script)
 # ======================================================================================================================
 
 
@@ -411,7 +413,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ======================================================================================================================
-# Network (twin section: stands byte for byte in both training scripts)
+# Network (twin section: the same in the PPO script)
 # ======================================================================================================================
 
 MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
@@ -799,16 +801,16 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam with clipped gradients; the learning rate is constant within an iteration."""
-    steps = steps_per_epoch(config) * config.num_epochs
+    """Adam with clipped gradients, before the learning rate."""
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
 
-    def schedule(count):
-        if not config.learning_rate_decay_iters:
-            return config.learning_rate
-        progress = jnp.minimum(count // steps / config.learning_rate_decay_iters, 1.0)
-        return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule))
+def learning_rate(config: Config, iteration: jax.Array) -> jax.Array:
+    """Constant within an iteration; cosine decay over iterations if the configuration asks for it."""
+    if not config.learning_rate_decay_iters:
+        return jnp.float32(config.learning_rate)
+    progress = jnp.minimum(iteration / config.learning_rate_decay_iters, 1.0)
+    return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
 
 def steps_per_epoch(config: Config) -> int:
@@ -839,7 +841,7 @@ def make_train_iteration(
     local_batch = config.training_batch_size // num_devices
     psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
 
-    def minibatch_step(carry, inputs, net_state, samples: Samples):
+    def minibatch_step(carry, inputs, net_state, samples: Samples, rate: jax.Array):
         params, opt_state = carry
         rows, permutations = inputs  # [M] each, the same on every device.
         start = jax.lax.axis_index(DEVICES) * local_batch
@@ -851,6 +853,7 @@ def make_train_iteration(
         (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
         metrics, grads = psum((metrics, grads))
         updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates = jax.tree.map(lambda x: -rate * x, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), metrics
 
@@ -865,7 +868,8 @@ def make_train_iteration(
         order_key, permutation_key = jax.random.split(shuffle_key)
         rows = minibatch_rows(order_key, gathered.mask, config)  # [S, M]
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
-        step = functools.partial(minibatch_step, net_state=state.net_state, samples=gathered)
+        rate = learning_rate(config, state.iteration)
+        step = functools.partial(minibatch_step, net_state=state.net_state, samples=gathered, rate=rate)
         (params, opt_state), train = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
 
         # Means over real decisions and over episodes of all devices.
@@ -882,15 +886,15 @@ def make_train_iteration(
         metrics = {name: psum(jnp.where(mask, x, 0.0).sum()) / decisions for name, x in over_decisions.items()}
         metrics |= {name: psum(x.sum()) / config.rollout_batch_size for name, x in over_episodes.items()}
         metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
-        metrics["decisions"] = decisions
+        metrics |= {"train/learning_rate": rate, "decisions": decisions}
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
 
     return iterate
 
 
 def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
-    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, each epoch a new
-    shuffle of all of them. Short episodes leave fewer real rows than slots; the shuffle is then begun again."""
+    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, a new shuffle each
+    epoch, cut after its last whole minibatch. Where short episodes leave fewer rows than that, it is begun again."""
 
     def epoch(key):
         order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
@@ -922,6 +926,7 @@ def evaluation_keys(config: Config) -> np.ndarray:
 def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
     """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
     rollout = make_rollout(env, policy)
+    share = 64 if devices[0].platform == "cpu" else 1024  # Instances that a device plays at a time; few fit a cache.
 
     def play_chunk(model, keys):
         trajectory = rollout(model, keys)
@@ -930,18 +935,19 @@ def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model,
     play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, devices=devices)
 
     def play(model: Model, keys: np.ndarray) -> Episodes:
-        size = len(devices) * EVAL_CHUNK
-        chunks = np.resize(keys, (-(-len(keys) // size), len(devices), EVAL_CHUNK, 2))  # Repeats fill the last chunk.
+        num_chunks = -(-len(keys) // (len(devices) * share))
+        chunks = np.resize(keys, (num_chunks, len(devices), share, 2))  # Repeats fill the last chunk.
         played = jax.device_get([play_chunk(model, chunk) for chunk in chunks])
         return Episodes(*(np.concatenate([np.ravel(x) for x in field])[: len(keys)] for field in zip(*played)))
 
     return play
 
 
-def search_on_top(play_search: Callable, model: Model, keys: np.ndarray, greedy: Episodes) -> Episodes:
-    """Search on the instances that greedy play does not fill completely, keeping the better of the two episodes.
+def best_of_greedy_and_search(play_search: Callable, model: Model, keys: np.ndarray, greedy: Episodes) -> Episodes:
+    """Search on top of greedy play: of both episodes of an instance the better one counts.
 
-    The dynamics are exact and deterministic, so a full container found by greedy play is an optimum in hand.
+    The dynamics are exact and deterministic, so either can be kept, and a container that greedy play fills completely
+    needs no search.
     """
     rest = np.flatnonzero(~greedy.solved)
     if not len(rest):
@@ -966,7 +972,7 @@ def summarise(episodes: Episodes) -> dict[str, float]:
 
 
 # ======================================================================================================================
-# Checkpoints (twin section: stands byte for byte in both training scripts)
+# Checkpoints (twin section: the same in the PPO script)
 # ======================================================================================================================
 
 FORMAT_VERSION = 1
@@ -1011,7 +1017,8 @@ def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
         raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
     except Exception as error:  # A damaged pickle can raise nearly anything.
         raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
-    if not isinstance(contents, dict) or not {"format_version", "method", "config"} <= contents.keys():
+    keys = {"format_version", "method", "iteration", "frames", "seconds", "model", "config", "opt_state", "wandb_id"}
+    if not isinstance(contents, dict) or not keys <= contents.keys() or not isinstance(contents["config"], dict):
         raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
     expected = dict(format_version=FORMAT_VERSION, method=method, env_id=env_id)
     found = {key: contents.get(key, contents["config"].get(key)) for key in expected}
@@ -1023,7 +1030,8 @@ def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(run_dir.glob("iter_*.pkl"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    found = [path for path in run_dir.glob("iter_*.pkl") if re.fullmatch(r"iter_\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
 def prepare_run(config: BaseModel) -> dict | None:
@@ -1033,41 +1041,43 @@ def prepare_run(config: BaseModel) -> dict | None:
     run_dir = config.run_dir()
     earlier = find_checkpoints(run_dir)
     files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    checkpoint, in_the_way = None, []
     if config.resume == "auto" and earlier:
-        return read_checkpoint(earlier[-1], METHOD, config.env_id)
-    if config.resume and config.resume != "auto":
+        checkpoint = read_checkpoint(earlier[-1], METHOD, config.env_id)
+    elif config.resume and config.resume != "auto":
         checkpoint = read_checkpoint(config.resume, METHOD, config.env_id)
-        same_run = Path(config.resume).resolve().parent == run_dir.resolve()
-        if files and not (same_run and earlier[-1].samefile(config.resume)):
-            raise UsageError(
-                f"{run_dir} holds files that resume={config.resume} would write over; type resume=auto to continue from"
-                " the newest checkpoint there, or another save_dir"
-            )
-        return checkpoint
-    if files and not config.resume and not config.overwrite:
+        source = Path(config.resume).resolve()
+        in_the_way = (
+            [path for path in earlier if path.resolve() > source] if source.parent == run_dir.resolve() else files
+        )
+        if source.parent != run_dir.resolve():
+            checkpoint["wandb_id"] = uuid.uuid4().hex[:8]  # A branch is a run of its own.
+    elif not config.overwrite:
+        in_the_way = files
+    if in_the_way:
         raise UsageError(
-            f"{run_dir} holds an earlier run; type resume=auto to continue it, overwrite=true to delete it,"
-            " or another seed or save_dir"
+            f"{in_the_way[-1]} of an earlier run would be lost; type resume=auto to continue from the newest checkpoint"
+            " there, overwrite=true (without resume) to delete the run, or another save_dir"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for file in files:
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(f"no permission to write in {run_dir}")
+        for file in files if config.overwrite else []:
             file.unlink()
     except OSError as error:
         raise UsageError(f"save_dir={config.save_dir}: cannot be written ({error}); choose another save_dir") from None
-    return None
+    return checkpoint
 
 
-def restore_leaves(template: Any, leaves: list, what: str) -> Any:
+def restore_leaves(template: Any, leaves: list, hint: str) -> Any:
     """Puts saved leaves into the tree of `template`; refuses another number of leaves, shape or type."""
     expected, tree = jax.tree.flatten(template)
     same = len(expected) == len(leaves) and all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(expected, leaves)
+        a.shape == np.shape(b) and a.dtype == getattr(b, "dtype", None) for a, b in zip(expected, leaves)
     )
     if not same:
-        raise UsageError(
-            f"resume: the {what} of the checkpoint do not fit this configuration; type the network keys of its run"
-        )
+        raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -1077,7 +1087,7 @@ def library_versions() -> dict[str, str]:
 
 
 # ======================================================================================================================
-# Run log (twin section: stands byte for byte in both training scripts)
+# Run log (twin section: the same in the PPO script)
 # ======================================================================================================================
 
 
@@ -1142,8 +1152,8 @@ def _start_wandb(config: BaseModel, run_dir: Path, run_id: str):
     )
     arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
     try:
-        if "WANDB_MODE" not in os.environ:
-            arguments["mode"] = "online" if wandb.api.api_key else "offline"
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            arguments["mode"] = "offline"
         quiet = {} if "WANDB_CONSOLE" in os.environ else {"console": "off"}
         run = wandb.init(config=config.model_dump(), settings=wandb.Settings(**quiet), **arguments)
         for axis in ("iteration", "frames", "hours"):
@@ -1167,7 +1177,7 @@ class StopRequest:
         self.made = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        print("\nStopping after this iteration; once more to leave at once.", flush=True)
+        os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")  # print may not be re-entered.
 
 
 # ======================================================================================================================
@@ -1215,23 +1225,28 @@ def train(config: Config, preset: str) -> int:
     if config.compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
 
+    stop = StopRequest()
     checkpoint = prepare_run(config)
     env, network = make_env(), make_network(config)
     state = init_train_state(env, network, config)
     frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
     if checkpoint:
+        changed = {
+            key: (_as_typed(checkpoint["config"].get(key)), _as_typed(value))
+            for key, value in config.model_dump(mode="json").items()
+            if checkpoint["config"].get(key) != value and key not in ("resume", "overwrite", "save_dir")
+        }
         params, net_state = checkpoint["model"]
-        state = TrainState(
-            params=restore_leaves(state.params, jax.tree.leaves(params), "parameters"),
-            net_state=restore_leaves(state.net_state, jax.tree.leaves(net_state), "network state"),
-            opt_state=restore_leaves(state.opt_state, checkpoint["opt_state"], "optimiser's arrays"),
-            key=jnp.asarray(checkpoint["key"]),
-            iteration=jnp.int32(checkpoint["iteration"]),
-        )
+        saved = [*jax.tree.leaves((params, net_state)), *checkpoint["opt_state"]]
+        hint = "type " + " ".join(f"{key}={old}" for key, (old, _) in changed.items())
+        params, net_state, opt_state = restore_leaves((state.params, state.net_state, state.opt_state), saved, hint)
+        state = TrainState(params, net_state, opt_state, state.key, jnp.int32(checkpoint["iteration"]))
         frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
-        for key, value in config.model_dump(mode="json").items():
-            if checkpoint["config"].get(key) != value and key not in ("resume", "overwrite", "save_dir"):
-                print(f"{key} changes from {_as_typed(checkpoint['config'].get(key))} to {_as_typed(value)}")
+        if checkpoint["iteration"] >= config.max_num_iters:
+            print(f"Complete: {checkpoint['iteration']} iterations are done; a larger max_num_iters continues.")
+            return 0
+        for key, (old, new) in changed.items():
+            print(f"{key} changes from {old} to {new}")
     iteration = int(state.iteration)
 
     run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
@@ -1240,11 +1255,10 @@ def train(config: Config, preset: str) -> int:
     if devices[0].platform == "cpu" and preset == "full":
         seconds = estimate_seconds(env, network, config, state)
         print(
-            f"No accelerator: an iteration will take about {seconds:.3g} s here, {config.max_num_iters} of them"
-            f" {seconds * config.max_num_iters / 3600:.3g} h. preset=cpu is a complete run for two cores."
+            f"No accelerator: an iteration will take about {seconds:,.1f} s here, {config.max_num_iters} of them"
+            f" {seconds * config.max_num_iters / 3600:,.1f} h. preset=cpu is a complete run for two cores."
         )
 
-    stop = StopRequest()
     log = RunLog(config, iteration, wandb_id)
     state = replicate(state, devices)
     iterate = make_train_iteration(env, network, config, len(devices))
@@ -1258,14 +1272,15 @@ def train(config: Config, preset: str) -> int:
     def evaluate(with_search: bool) -> dict[str, float]:
         model = Model(state.params, state.net_state)
         greedy = play_greedy(model, eval_keys)
-        metrics = report("greedy", summarise(greedy))
+        metrics = report("greedy", "greedy:", summarise(greedy))
         if with_search:
-            metrics |= report("search", summarise(search_on_top(play_search, model, eval_keys, greedy)))
+            best = best_of_greedy_and_search(play_search, model, eval_keys, greedy)
+            metrics |= report("search", "with search on top:", summarise(best))
         return metrics
 
-    def report(name: str, results: dict[str, float]) -> dict[str, float]:
+    def report(name: str, label: str, results: dict[str, float]) -> dict[str, float]:
         log.say(
-            f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {name:6} policy: utilisation"
+            f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {label:22} utilisation"
             f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
             f" {results['packed_items']:.2f} items"
         )
@@ -1288,15 +1303,14 @@ def train(config: Config, preset: str) -> int:
             model=(model.params, model.state),
             config=config.model_dump(mode="json"),
             opt_state=jax.tree.leaves(host_copy(state.opt_state)),
-            key=host_copy(state.key),
             wandb_id=wandb_id,
             versions=library_versions(),
         )
         write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
 
-    if iteration == 0:
-        log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate(with_search=False))
     try:
+        if iteration == 0 and not stop.made:
+            log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate(with_search=False))
         while iteration < config.max_num_iters and not stop.made:
             began = time.perf_counter()
             state, metrics = iterate(state)
@@ -1310,17 +1324,19 @@ def train(config: Config, preset: str) -> int:
             if with_search or due(config.eval_interval):
                 metrics |= evaluate(with_search)
             log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
-            if due(config.save_interval) or stop.made:
+            if due(config.save_interval):
                 save()
             log.bar.set_postfix_str(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
             )
             log.bar.update()
+        if not due(config.save_interval):
+            save()
     finally:
         log.close()
     if stop.made and iteration < config.max_num_iters:
-        print(f"Stopped at iteration {iteration}; add resume=auto to the same command to continue.")
+        print(f"Stopped at iteration {iteration}; the same command with resume=auto (no overwrite) continues.")
     else:
         print(f"Done: {run_dir}/iter_{iteration:06d}.pkl")
     return 0

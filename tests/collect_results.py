@@ -30,7 +30,7 @@ def collect(folder: Path, device: str) -> dict:
     sys.path.insert(0, str(ROOT))
     import train_search_distill_binpack as script
 
-    runs = []
+    runs, commands = [], set()
     for run_dir in sorted(folder.glob("seed_*")):
         checkpoint = script.read_checkpoint(script.find_checkpoints(run_dir)[-1], script.METHOD, "BinPack-v2")
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -41,15 +41,21 @@ def collect(folder: Path, device: str) -> dict:
         ]
         last = {key: value for key, value in rows[-1].items() if key.startswith(("eval/", "rollout/"))}
         minutes, frames = 60 * rows[-1]["hours"], rows[-1]["frames"]
-        runs.append(dict(seed=checkpoint["config"]["seed"], minutes=minutes, frames=frames, last=last, curve=curve))
+        config = checkpoint["config"]
+        expected = script.Config(**script.PRESETS["cpu"]).model_dump(mode="json")
+        own = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
+        commands.add(" ".join(f"{k}={v}" for k, v in config.items() if k not in own and v != expected[k]))
+        runs.append(dict(seed=config["seed"], minutes=minutes, frames=frames, last=last, curve=curve))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
+    if commands != {""}:
+        sys.exit(f"expected runs of preset=cpu, got other keys: {commands}")
     command = "python train_search_distill_binpack.py preset=cpu seed=SEED"
     return dict(
         command=command,
         commit=commit,
         device=device,
         versions=checkpoint["versions"],
-        config=checkpoint["config"],
+        config=config,
         runs=runs,
     )
 
@@ -66,17 +72,18 @@ def table(results: dict, floors: dict) -> str:
         mean, error = 100 * one["utilisation"], 100 * one["utilisation_se"]
         lines.append(f"| {label} ({one['episodes']:,} other instances) | {mean:.2f} ± {error:.2f} % | |")
     simulations = results["config"]["eval_num_simulations"]
-    for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search")):
+    for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
         mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
         solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
         lines.append(f"| {label} | {mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} % |")
-    first = lambda bar: mean_and_error([_minutes_to(run, bar) for run in runs])[0]
-    passed = f"The network alone passes 88.5 % after {first(0.885):.1f} minutes and 96 % after {first(0.96):.1f}"
+    first = lambda bar: max(_minutes_to(run, bar) for run in runs)
+    passed = f"The network alone was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f}"
     return "\n".join(
         [
             *lines,
             "",
-            f"± is the standard error over seeds (instances, for the two rules). {passed}, compilation included.",
+            f"± is the standard error over seeds (instances, for the two rules). {passed} with every seed,",
+            "compilation included. With search on top, the better of the two episodes counts: the network's and the search's.",
         ]
     )
 

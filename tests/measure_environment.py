@@ -9,6 +9,7 @@ overflow if the cut EMSs would need more than the 40 slots, found by repeating J
 import functools
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def main() -> None:
         total |= dict(episodes=len(returns), utilisation=float(np.mean(returns)), utilisation_se=float(error))
         results[kind] = total
         print(kind, total, flush=True)
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     summary = dict(
+        commit=commit,
         command="python tests/measure_environment.py",
         device=f"CPU, {platform.machine()}",
         versions=script.library_versions(),
@@ -147,7 +151,11 @@ def main() -> None:
         differing_fields=sum((x["differing_fields"] for x in results.values()), []),
         by_kind=results,
     )
-    path = Path(__file__).parent / "results" / "environment.json"
+    enough = summary["steps"] >= 100_000 and summary["overflow_states"] >= 1000
+    if summary["differing_fields"] or not enough:
+        sys.exit(f"not written: {summary}")
+    path = root / "tests" / "results" / "environment.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(summary, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_single_keys_override_the_preset_wherever_they_stand():
 )
 def test_a_mistake_gives_one_line_and_status_2_and_writes_nothing(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     assert script.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
@@ -117,9 +120,11 @@ def test_import_does_nothing(tmp_path):
         "import sys; sys.argv = ['x', '--help', 'seed=banana']; import train_search_distill_binpack;"
         "import jax._src.xla_bridge as bridge; assert not bridge._backends, bridge._backends"
     )
+    start = time.perf_counter()
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert time.perf_counter() - start < 5.0
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -59,6 +59,18 @@ def test_command_runs_as_written(command, tmp_path):
         assert list(tmp_path.glob("*/BinPack-v2/nsim_*/seed_*/iter_000004.pkl"))
 
 
+def test_the_full_configuration_runs_one_iteration(tmp_path):
+    """The full network and search on small batches."""
+    words = ["rollout_batch_size=16", "training_batch_size=64", "max_num_iters=1", "eval_batch_size=16"]
+    command = [sys.executable, str(ROOT / "train_search_distill_binpack.py"), *words, "eval_num_simulations=0"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "preset=cpu is a complete run" in run.stdout
+    assert list(tmp_path.glob("checkpoints/BinPack-v2/nsim_32/seed_0/iter_000001.pkl"))
+
+
 def test_the_results_table_is_made_from_the_committed_files():
     results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
     assert collect_results.with_table(README, results, floors) == README

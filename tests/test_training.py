@@ -193,7 +193,7 @@ def test_evaluation_does_not_depend_on_devices(env, network, config, model):
     assert means["avg_return_se"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_search_on_top_searches_only_what_greedy_leaves_and_keeps_the_better(config):
+def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
     greedy = script.Episodes(np.array([1.0, 0.5, 0.8]), np.array([19, 9, 15]), np.array([True, False, False]))
     asked = []
 
@@ -201,7 +201,7 @@ def test_search_on_top_searches_only_what_greedy_leaves_and_keeps_the_better(con
         asked.append(np.asarray(keys).tolist())
         return script.Episodes(np.array([0.9, 0.7]), np.array([17, 13]), np.array([False, False]))
 
-    merged = script.search_on_top(play_search, None, np.arange(3), greedy)
+    merged = script.best_of_greedy_and_search(play_search, None, np.arange(3), greedy)
     assert asked == [[1, 2]]
     assert merged.returns.tolist() == [1.0, 0.9, 0.8] and merged.steps.tolist() == [19, 17, 15]
     assert greedy.returns.tolist() == [1.0, 0.5, 0.8]
