@@ -83,7 +83,7 @@ def table(results: dict, floors: dict) -> str:
             *lines,
             "",
             f"± is the standard error over seeds (instances, for the two rules). {passed} with every seed,",
-            "compilation included. With search on top, the better of the two episodes counts: the network's and the search's.",
+            "compilation included. With search on top, the better of two episodes counts (network's, search's).",
         ]
     )
 
