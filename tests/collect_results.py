@@ -70,12 +70,12 @@ def table(results: dict, floors: dict) -> str:
     for name, label in (("random", "random legal actions"), ("heuristic", "largest item into the smallest space")):
         one = floors["by_kind"][name]
         mean, error = 100 * one["utilisation"], 100 * one["utilisation_se"]
-        lines.append(f"| {label} ({one['episodes']:,} other instances) | {mean:.2f} ± {error:.2f} % | |")
+        lines.append(f"| {label} ({one['episodes']:,} other instances) | {mean:.2f} ± {error:.2g} % | |")
     simulations = results["config"]["eval_num_simulations"]
     for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
         mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
         solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
-        lines.append(f"| {label} | {mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} % |")
+        lines.append(f"| {label} | {mean:.2f} ± {error:.2g} % | {solved:.1f} ± {solved_error:.2g} % |")
     first = lambda bar: max(_minutes_to(run, bar) for run in runs)
     passed = f"The network alone was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f}"
     return "\n".join(
