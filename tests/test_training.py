@@ -141,7 +141,7 @@ def iterated(env, network, config):
             state, row = iterate(state)
             metrics.append(script.host_copy(row))
             if len(metrics) == 1:  # Adam's first moment is a weighted sum of the clipped gradients.
-                moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
+                moments = jax.tree.map(np.asarray, state.opt_state[1].mu)
             if len(metrics) == 2:
                 params = jax.tree.map(np.asarray, state.params)
         found[count] = (moments, params, metrics, len(traces))
