@@ -819,10 +819,14 @@ def steps_per_epoch(config: Config) -> int:
 
 def init_train_state(env: BinPack, network: hk.TransformedWithState, config: Config) -> TrainState:
     """A fresh state from `config.seed` (not replicated)."""
-    key = jax.random.PRNGKey(config.seed)
-    _, timestep = env.reset(key)
-    params, net_state = network.init(key, timestep.observation)
-    return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
+
+    @jax.jit  # One program compiles faster than the many small ones of its operations.
+    def init(key):
+        _, timestep = env.reset(key)
+        params, net_state = network.init(key, timestep.observation)
+        return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
+
+    return init(jax.random.PRNGKey(config.seed))
 
 
 def make_train_iteration(

@@ -6,6 +6,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"binpack-tests-cache-{os.getuid()}")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
 
 import jax

@@ -13,7 +13,7 @@ from measure_environment import compare_episodes
 import train_search_distill_binpack as script
 
 
-@pytest.mark.parametrize("kind, overflow_at_least", [("random", 100), ("heuristic", 0), ("searched", 0)])
+@pytest.mark.parametrize("kind, overflow_at_least", [("random", 100), ("searched", 0)])
 def test_every_field_of_state_and_timestep_equals_jumanji(kind, overflow_at_least):
     result = compare_episodes(kind, 128, seed=100)
     assert result["steps"] > 128 * 10
