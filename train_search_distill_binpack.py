@@ -55,7 +55,7 @@ METHOD = "search_distill"
 
 
 # ======================================================================================================================
-# Configuration
+# Configuration of a run (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 Count = Annotated[int, Field(ge=1)]
@@ -66,12 +66,13 @@ Positive = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
+DEVICES = "devices"  # The pmapped axis.
 MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
 NUM_ACTIONS = 800
 
 
-class Config(BaseModel):
-    """Every key of a run: type, limits, default and meaning stand here and nowhere else."""
+class RunConfig(BaseModel):
+    """The keys that both training scripts have: type, limits, default and meaning stand here and nowhere else."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -79,31 +80,15 @@ class Config(BaseModel):
     env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
     seed: Seed = Field(0, description="seed of parameters, instances, search noise and shuffling")
     max_num_iters: Count = Field(800, description="iterations of collecting and learning")
-    # Collection.
     rollout_batch_size: Count = Field(1024, description="episodes an iteration, over all devices")
-    num_simulations: Count = Field(32, description="search simulations a decision")
-    leaf_value: Literal["network", "completion"] = Field(
-        "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
-    )
-    search_width: Annotated[int, Field(ge=1, le=NUM_ACTIONS)] = Field(
-        64, description="legal actions of highest prior that a search node keeps"
-    )
-    max_num_considered_actions: Count = Field(16, description="actions that sequential halving starts from at the root")
-    gumbel_scale: NotNegative = Field(1.0, description="scale of the Gumbel noise in collection (none in evaluation)")
-    value_scale: Positive = Field(1.0, description="scale of Q in the search's policy improvement")
-    maxvisit_init: NotNegative = Field(50.0, description="visits added to the largest visit count in the scale of Q")
-    rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
-    discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="discount of rewards, in search and in returns"
-    )
+    discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="discount of rewards")
     # Learning.
     training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
     num_epochs: Count = Field(1, description="passes over an iteration's decisions, in whole minibatches")
     learning_rate: Positive = Field(1e-3, description="step size of Adam")
     learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
     max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
-    value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
-    permute_axes: bool = Field(True, description="permute the axes of each training sample at random, a symmetry")
+    permute_axes: bool = Field(True, description="learn each sample under a random permutation of the axes, a symmetry")
     # Network.
     num_transformer_layers: Count = Field(4, description="transformer layers")
     transformer_num_heads: Count = Field(4, description="attention heads H")
@@ -116,10 +101,6 @@ class Config(BaseModel):
     eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
     eval_batch_size: Annotated[int, Field(ge=2)] = Field(1024, description="evaluation instances")
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
-    eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
-    eval_search_interval: CountOrZero = Field(
-        0, description="iterations between evaluations with search (0: only after the last iteration)"
-    )
     save_dir: Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
     resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
@@ -157,6 +138,33 @@ class Config(BaseModel):
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
         return self
 
+
+# ======================================================================================================================
+# Configuration of search distillation
+# ======================================================================================================================
+
+
+class Config(RunConfig):
+    """Every key of a run: those of `RunConfig` and those of the search."""
+
+    num_simulations: Count = Field(32, description="search simulations a decision")
+    leaf_value: Literal["network", "completion"] = Field(
+        "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
+    )
+    search_width: Annotated[int, Field(ge=1, le=NUM_ACTIONS)] = Field(
+        64, description="legal actions of highest prior that a search node keeps"
+    )
+    max_num_considered_actions: Count = Field(16, description="actions that sequential halving starts from at the root")
+    gumbel_scale: NotNegative = Field(1.0, description="scale of the Gumbel noise in collection (none in evaluation)")
+    value_scale: Positive = Field(1.0, description="scale of Q in the search's policy improvement")
+    maxvisit_init: NotNegative = Field(50.0, description="visits added to the largest visit count in the scale of Q")
+    rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
+    value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
+    eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
+    eval_search_interval: CountOrZero = Field(
+        0, description="iterations between evaluations with search (0: only after the last iteration)"
+    )
+
     def run_dir(self) -> Path:
         return Path(self.save_dir) / self.env_id / f"nsim_{self.num_simulations}" / f"seed_{self.seed}"
 
@@ -184,7 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # ======================================================================================================================
-# Command line (twin section: the same in the PPO script)
+# Command line (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
@@ -282,7 +290,7 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
 
 
 # ======================================================================================================================
-# Environment (twin section: the same in the PPO script)
+# Environment (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
@@ -413,7 +421,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ======================================================================================================================
-# Network (twin section: the same in the PPO script)
+# Network (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
@@ -457,7 +465,7 @@ class PackingNetwork(hk.Module):
     pair are given to the cross-attention, as a bias, and to the policy head.
     """
 
-    def __init__(self, config: BaseModel, name: str = "packing_network"):
+    def __init__(self, config: RunConfig, name: str = "packing_network"):
         super().__init__(name=name)
         self.config = config
 
@@ -561,14 +569,14 @@ def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
 
-def make_network(config: BaseModel) -> hk.TransformedWithState:
+def make_network(config: RunConfig) -> hk.TransformedWithState:
     """The network as Haiku functions: init(key, observation) -> (params, state), and
     apply(params, state, None, observation) -> ((logits, value), state)."""
     return hk.transform_with_state(lambda observation: PackingNetwork(config)(observation))
 
 
 # ======================================================================================================================
-# Search
+# Policies and rollout (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
@@ -579,17 +587,9 @@ class Model(NamedTuple):
     state: Any
 
 
-class Decision(NamedTuple):
-    """What is kept of a search: its distribution over K actions and how it changed the prior."""
-
-    actions: jax.Array  # int32 [K], flat actions
-    weights: jax.Array  # [K], sums to 1
-    prior: jax.Array  # [K], log-probabilities of the network
-
-
 class Policy(NamedTuple):
     """How to play an episode: `start(model, state, observation)` -> memory, and
-    `act(model, key, state, observation, memory)` -> (flat action, Decision or None, memory)."""
+    `act(model, key, state, observation, memory)` -> (flat action, decision, memory)."""
 
     start: Callable
     act: Callable
@@ -603,6 +603,60 @@ def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
         return jnp.argmax(logits, -1).astype(jnp.int32), None, memory
 
     return Policy(start=lambda model, state, observation: (), act=act)
+
+
+class Trajectory(NamedTuple):
+    """Episodes, padded to T steps. A padding row is a finished state: mask False, reward 0."""
+
+    observation: Observation  # leaves [B, T, ...]
+    decision: Any  # what the policy says of its decisions, leaves [B, T, ...]
+    reward: jax.Array  # [B, T], share of the container's volume
+    mask: jax.Array  # bool [B, T], a real decision
+    solved: jax.Array  # bool [B], every item placed
+
+
+def make_rollout(env: BinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
+    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
+
+    def play(model: Model, key: jax.Array) -> Trajectory:
+        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
+        memory = policy.start(model, state, timestep.observation)
+
+        def step(carry, t):
+            state, observation, memory = carry
+            action, decision, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
+            state, timestep = step_flat(env, state, action)
+            row = (observation, decision, timestep.reward, is_decision(observation))
+            return (state, timestep.observation, memory), row
+
+        carry = (state, timestep.observation, memory)
+        (state, _, _), rows = jax.lax.scan(step, carry, jnp.arange(MAX_DECISIONS))
+        return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
+
+    return jax.vmap(play, in_axes=(None, 0))
+
+
+def episode_metrics(trajectory: Trajectory, num_episodes: int) -> dict[str, jax.Array]:
+    """Means over the episodes of all devices, to be called inside `pmap`."""
+    values = {
+        "rollout/avg_return": trajectory.reward.sum(1),
+        "rollout/avg_steps": trajectory.mask.sum(1),
+        "rollout/solved_rate": trajectory.solved,
+    }
+    return {name: jax.lax.psum(x.sum(), DEVICES) / num_episodes for name, x in values.items()}
+
+
+# ======================================================================================================================
+# Search
+# ======================================================================================================================
+
+
+class Decision(NamedTuple):
+    """What is kept of a search: its distribution over K actions and how it changed the prior."""
+
+    actions: jax.Array  # int32 [K], flat actions
+    weights: jax.Array  # [K], sums to 1
+    prior: jax.Array  # [K], log-probabilities of the network
 
 
 def make_search_policy(
@@ -688,42 +742,6 @@ def make_search_policy(
 
 
 # ======================================================================================================================
-# Rollout
-# ======================================================================================================================
-
-
-class Trajectory(NamedTuple):
-    """Episodes, padded to T steps. A padding row is a finished state: mask False, reward 0."""
-
-    observation: Observation  # leaves [B, T, ...]
-    decision: Decision | None  # leaves [B, T, K]
-    reward: jax.Array  # [B, T], share of the container's volume
-    mask: jax.Array  # bool [B, T], a real decision
-    solved: jax.Array  # bool [B], every item placed
-
-
-def make_rollout(env: BinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
-    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
-
-    def play(model: Model, key: jax.Array) -> Trajectory:
-        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
-        memory = policy.start(model, state, timestep.observation)
-
-        def step(carry, t):
-            state, observation, memory = carry
-            action, decision, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
-            state, timestep = step_flat(env, state, action)
-            row = (observation, decision, timestep.reward, is_decision(observation))
-            return (state, timestep.observation, memory), row
-
-        carry = (state, timestep.observation, memory)
-        (state, _, _), rows = jax.lax.scan(step, carry, jnp.arange(MAX_DECISIONS))
-        return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
-
-    return jax.vmap(play, in_axes=(None, 0))
-
-
-# ======================================================================================================================
 # Targets and loss
 # ======================================================================================================================
 
@@ -786,10 +804,8 @@ def make_loss(network: hk.TransformedWithState, config: Config):
 
 
 # ======================================================================================================================
-# One training iteration
+# Training state and minibatches (twin section: the same in both training scripts)
 # ======================================================================================================================
-
-DEVICES = "devices"  # The pmapped axis.
 
 
 class TrainState(NamedTuple):
@@ -800,12 +816,12 @@ class TrainState(NamedTuple):
     iteration: jax.Array  # int32 [], iterations done
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """Adam with clipped gradients, before the learning rate."""
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
 
 
-def learning_rate(config: Config, iteration: jax.Array) -> jax.Array:
+def learning_rate(config: RunConfig, iteration: jax.Array) -> jax.Array:
     """Constant within an iteration; cosine decay over iterations if the configuration asks for it."""
     if not config.learning_rate_decay_iters:
         return jnp.float32(config.learning_rate)
@@ -813,11 +829,11 @@ def learning_rate(config: Config, iteration: jax.Array) -> jax.Array:
     return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
 
-def steps_per_epoch(config: Config) -> int:
+def steps_per_epoch(config: RunConfig) -> int:
     return config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size
 
 
-def init_train_state(env: BinPack, network: hk.TransformedWithState, config: Config) -> TrainState:
+def init_train_state(env: BinPack, network: hk.TransformedWithState, config: RunConfig) -> TrainState:
     """A fresh state from `config.seed` (not replicated)."""
 
     @jax.jit  # One program compiles faster than the many small ones of its operations.
@@ -827,6 +843,53 @@ def init_train_state(env: BinPack, network: hk.TransformedWithState, config: Con
         return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
 
     return init(jax.random.PRNGKey(config.seed))
+
+
+def local_keys(key: jax.Array, num_keys: int) -> jax.Array:
+    """This device's keys, [num_keys, 2], inside `pmap`: a key depends on the global number of its episode alone."""
+    first = jax.lax.axis_index(DEVICES) * num_keys
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(num_keys))
+
+
+def local_share(x: jax.Array, size: int) -> jax.Array:
+    """This device's [size] entries of an array that all devices have whole, inside `pmap`."""
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DEVICES) * size, size)
+
+
+def minibatch_rows(key: jax.Array, mask: jax.Array, config: RunConfig) -> jax.Array:
+    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, a new shuffle each
+    epoch, cut after its last whole minibatch. Where short episodes leave fewer rows than that, it is begun again."""
+
+    def epoch(key):
+        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
+        slots = jnp.arange(steps_per_epoch(config) * config.training_batch_size)
+        return order[slots % mask.sum()].reshape(-1, config.training_batch_size)
+
+    return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
+
+
+def apply_gradients(
+    config: RunConfig, params: Any, opt_state: optax.OptState, grads: Any, rate: jax.Array
+) -> tuple[Any, optax.OptState]:
+    """One step of the optimizer -> (params, opt_state)."""
+    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+    updates = jax.tree.map(lambda x: -rate * x, updates)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def replicate(tree: Any, devices: list) -> Any:
+    """Adds a leading axis with one copy for each device, as pmap takes it."""
+    return jax.pmap(lambda _: tree, axis_name=DEVICES, devices=devices)(jnp.arange(len(devices)))
+
+
+def host_copy(tree: Any) -> Any:
+    """The first device's copy of a replicated tree, as numpy arrays."""
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+
+# ======================================================================================================================
+# One training iteration
+# ======================================================================================================================
 
 
 def make_train_iteration(
@@ -840,31 +903,23 @@ def make_train_iteration(
     policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     rollout = make_rollout(env, policy)
     gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
-    optimizer = make_optimizer(config)
-    episodes = config.rollout_batch_size // num_devices
     local_batch = config.training_batch_size // num_devices
     psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
 
     def minibatch_step(carry, inputs, net_state, samples: Samples, rate: jax.Array):
         params, opt_state = carry
-        rows, permutations = inputs  # [M] each, the same on every device.
-        start = jax.lax.axis_index(DEVICES) * local_batch
-        rows = jax.lax.dynamic_slice_in_dim(rows, start, local_batch)
+        rows, permutations = (local_share(x, local_batch) for x in inputs)  # From [M] each, equal on every device.
         batch = jax.tree.map(lambda x: x[rows], samples)
         if config.permute_axes:
-            permutations = jax.lax.dynamic_slice_in_dim(permutations, start, local_batch)
             batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
         (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
         metrics, grads = psum((metrics, grads))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        updates = jax.tree.map(lambda x: -rate * x, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return (optax.apply_updates(params, updates), opt_state), metrics
+        return apply_gradients(config, params, opt_state, grads, rate), metrics
 
     def iterate(state: TrainState):
         collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
-        first = jax.lax.axis_index(DEVICES) * episodes
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(collect_key, first + jnp.arange(episodes))
+        keys = local_keys(collect_key, config.rollout_batch_size // num_devices)
         trajectory = rollout(Model(state.params, state.net_state), keys)
         samples = make_samples(trajectory, config.discount)
 
@@ -876,19 +931,13 @@ def make_train_iteration(
         step = functools.partial(minibatch_step, net_state=state.net_state, samples=gathered, rate=rate)
         (params, opt_state), train = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
 
-        # Means over real decisions and over episodes of all devices.
         mask, decision = trajectory.mask, trajectory.decision
         decisions = psum(mask.sum())
         entropy = cross_entropy(decision.weights, jnp.log(jnp.maximum(decision.weights, 1e-30)))
         kl = cross_entropy(decision.weights, decision.prior) - entropy
-        over_decisions = {"train/target_entropy": entropy, "train/target_kl": kl}
-        over_episodes = {
-            "rollout/avg_return": trajectory.reward.sum(1),
-            "rollout/avg_steps": mask.sum(1),
-            "rollout/solved_rate": trajectory.solved,
-        }
-        metrics = {name: psum(jnp.where(mask, x, 0.0).sum()) / decisions for name, x in over_decisions.items()}
-        metrics |= {name: psum(x.sum()) / config.rollout_batch_size for name, x in over_episodes.items()}
+        metrics = {"train/target_entropy": entropy, "train/target_kl": kl}
+        metrics = {name: psum(jnp.where(mask, x, 0.0).sum()) / decisions for name, x in metrics.items()}
+        metrics |= episode_metrics(trajectory, config.rollout_batch_size)
         metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
         metrics |= {"train/learning_rate": rate, "decisions": decisions}
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
@@ -896,20 +945,14 @@ def make_train_iteration(
     return iterate
 
 
-def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
-    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, a new shuffle each
-    epoch, cut after its last whole minibatch. Where short episodes leave fewer rows than that, it is begun again."""
-
-    def epoch(key):
-        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
-        slots = jnp.arange(steps_per_epoch(config) * config.training_batch_size)
-        return order[slots % mask.sum()].reshape(-1, config.training_batch_size)
-
-    return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
+def visits_per_decision(config: Config) -> float:
+    """Network passes and environment steps that a decision costs, learning included, for the estimate at the start."""
+    per_simulation = 1 + (MAX_DECISIONS / 2 if config.leaf_value == "completion" else 0)
+    return 1 + config.num_simulations * per_simulation + 3 * config.num_epochs  # A gradient is about 3 passes.
 
 
 # ======================================================================================================================
-# Evaluation
+# Players and outcomes (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
@@ -921,10 +964,10 @@ class Episodes(NamedTuple):
     solved: np.ndarray  # bool, every item packed
 
 
-def evaluation_keys(config: Config) -> np.ndarray:
-    """One key for each instance, [N, 2], fixed by `eval_seed` alone."""
-    seed = jax.random.PRNGKey(config.eval_seed)
-    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, np.arange(config.eval_batch_size)))
+def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
+    """One key for each instance, uint32 [N, 2]: the i-th is fixed by the seed and i alone."""
+    key = jax.random.PRNGKey(seed)
+    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
 
 
 def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
@@ -947,6 +990,27 @@ def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model,
     return play
 
 
+def summarise(episodes: Episodes) -> dict[str, float]:
+    """Means over instances, with the standard error of the utilisation."""
+    returns = episodes.returns.astype(np.float64)
+    return {
+        "avg_return": float(returns.mean()),
+        "avg_return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))),
+        "solved_rate": float(episodes.solved.mean()),
+        "packed_items": float(episodes.steps.mean()),
+    }
+
+
+def is_due(config: RunConfig, iteration: int, interval: int) -> bool:
+    """Whether something that is done every `interval` iterations, and after the last, is due (0: only then)."""
+    return iteration == config.max_num_iters or (interval > 0 and iteration % interval == 0)
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
 def best_of_greedy_and_search(play_search: Callable, model: Model, keys: np.ndarray, greedy: Episodes) -> Episodes:
     """Search on top of greedy play: of both episodes of an instance the better one counts.
 
@@ -964,19 +1028,30 @@ def best_of_greedy_and_search(play_search: Callable, model: Model, keys: np.ndar
     return merged
 
 
-def summarise(episodes: Episodes) -> dict[str, float]:
-    """Means over instances, with the standard error of the utilisation."""
-    returns = episodes.returns.astype(np.float64)
-    return {
-        "avg_return": float(returns.mean()),
-        "avg_return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))),
-        "solved_rate": float(episodes.solved.mean()),
-        "packed_items": float(episodes.steps.mean()),
-    }
+def make_evaluate(
+    env: BinPack, network: hk.TransformedWithState, config: Config, devices: list
+) -> Callable[[Model, int], dict[str, Episodes]]:
+    """Returns evaluate(replicated model, iteration) -> the episodes of each evaluation that is due, by name."""
+    keys = evaluation_keys(config.eval_seed, config.eval_batch_size)
+    play_greedy = make_player(env, make_greedy_policy(network), devices)
+    search = make_search_policy(env, network, config, config.eval_num_simulations or 1, gumbel_scale=0.0)
+    play_search = make_player(env, search, devices)
+
+    def evaluate(model: Model, iteration: int) -> dict[str, Episodes]:
+        with_search = iteration > 0 and config.eval_num_simulations > 0
+        with_search = with_search and is_due(config, iteration, config.eval_search_interval)
+        if not (with_search or is_due(config, iteration, config.eval_interval)):
+            return {}
+        greedy = play_greedy(model, keys)
+        if not with_search:
+            return {"greedy": greedy}
+        return {"greedy": greedy, "search": best_of_greedy_and_search(play_search, model, keys, greedy)}
+
+    return evaluate
 
 
 # ======================================================================================================================
-# Checkpoints (twin section: the same in the PPO script)
+# Checkpoints (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 FORMAT_VERSION = 1
@@ -1012,8 +1087,8 @@ def write_checkpoint(path: Path, contents: dict) -> None:
         os.close(folder)
 
 
-def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
-    """Reads a checkpoint of a method and environment. Raises `UsageError` for anything else."""
+def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | None = None) -> dict:
+    """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else."""
     try:
         with open(path, "rb") as file:
             contents = _PlainUnpickler(file).load()
@@ -1027,7 +1102,7 @@ def read_checkpoint(path: str | Path, method: str, env_id: str) -> dict:
     expected = dict(format_version=FORMAT_VERSION, method=method, env_id=env_id)
     found = {key: contents.get(key, contents["config"].get(key)) for key in expected}
     for key in expected:
-        if found[key] != expected[key]:
+        if expected[key] is not None and found[key] != expected[key]:
             raise UsageError(f"{path}: expected {key}={expected[key]}, got {found[key]}; give a checkpoint that has it")
     return contents
 
@@ -1038,7 +1113,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
-def prepare_run(config: BaseModel) -> dict | None:
+def prepare_run(config: RunConfig) -> dict | None:
     """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
 
     Raises `UsageError` if files of an earlier run are in the way."""
@@ -1091,14 +1166,14 @@ def library_versions() -> dict[str, str]:
 
 
 # ======================================================================================================================
-# Run log (twin section: the same in the PPO script)
+# Run log (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
 class RunLog:
     """`metrics.jsonl` in the run's folder, a progress bar, and Weights & Biases where it works."""
 
-    def __init__(self, config: BaseModel, start_iteration: int, wandb_id: str):
+    def __init__(self, config: RunConfig, start_iteration: int, wandb_id: str):
         run_dir = config.run_dir()
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
@@ -1145,7 +1220,7 @@ def _rows_up_to(path: Path, iteration: int) -> list[str]:
     return rows
 
 
-def _start_wandb(config: BaseModel, run_dir: Path, run_id: str):
+def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
     """A W&B run, online if the user has set it up and offline if not; the user's WANDB_* settings win."""
     settings = dict(
         WANDB_PROJECT=("project", config.wandb_project),
@@ -1185,21 +1260,11 @@ class StopRequest:
 
 
 # ======================================================================================================================
-# Main
+# Main (twin section: the same in both training scripts)
 # ======================================================================================================================
 
 
-def replicate(tree: Any, devices: list) -> Any:
-    """Adds a leading axis with one copy for each device, as pmap takes it."""
-    return jax.pmap(lambda _: tree, axis_name=DEVICES, devices=devices)(jnp.arange(len(devices)))
-
-
-def host_copy(tree: Any) -> Any:
-    """The first device's copy of a replicated tree, as numpy arrays."""
-    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
-
-
-def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: Config, state: TrainState) -> float:
+def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: RunConfig, state: TrainState) -> float:
     """Seconds of one iteration, from a measured network pass and environment step on this machine."""
     batch = min(64, config.rollout_batch_size)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
@@ -1213,12 +1278,10 @@ def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: Con
     start = time.perf_counter()
     jax.block_until_ready(visit(env_state, timestep.observation))
     seconds = (time.perf_counter() - start) / batch
-    per_simulation = 1 + (MAX_DECISIONS / 2 if config.leaf_value == "completion" else 0)
-    visits = 1 + config.num_simulations * per_simulation + 3 * config.num_epochs  # A gradient is about 3 passes.
-    return seconds * visits * config.rollout_batch_size * MAX_DECISIONS
+    return seconds * visits_per_decision(config) * config.rollout_batch_size * MAX_DECISIONS
 
 
-def train(config: Config, preset: str) -> int:
+def train(config: RunConfig, preset: str) -> int:
     """Runs or resumes a training run; returns the exit status."""
     devices = jax.local_devices()
     for key in ("rollout_batch_size", "training_batch_size"):
@@ -1267,34 +1330,23 @@ def train(config: Config, preset: str) -> int:
     state = replicate(state, devices)
     iterate = make_train_iteration(env, network, config, len(devices))
     iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
-    eval_keys = evaluation_keys(config)
-    play_greedy = make_player(env, make_greedy_policy(network), devices)
-    search = make_search_policy(env, network, config, config.eval_num_simulations or 1, gumbel_scale=0.0)
-    play_search = make_player(env, search, devices)
+    evaluate = make_evaluate(env, network, config, devices)
     start = time.perf_counter()
 
-    def evaluate(with_search: bool) -> dict[str, float]:
-        model = Model(state.params, state.net_state)
-        greedy = play_greedy(model, eval_keys)
-        metrics = report("greedy", "greedy:", summarise(greedy))
-        if with_search:
-            best = best_of_greedy_and_search(play_search, model, eval_keys, greedy)
-            metrics |= report("search", "with search on top:", summarise(best))
+    def evaluation_metrics() -> dict[str, float]:
+        metrics = {}
+        for name, episodes in evaluate(Model(state.params, state.net_state), iteration).items():
+            results = summarise(episodes)
+            log.say(
+                f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {name:6}  utilisation"
+                f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
+                f" {results['packed_items']:.2f} items"
+            )
+            metrics |= {f"eval/{name}/{key}": value for key, value in results.items()}
         return metrics
-
-    def report(name: str, label: str, results: dict[str, float]) -> dict[str, float]:
-        log.say(
-            f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {label:22} utilisation"
-            f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
-            f" {results['packed_items']:.2f} items"
-        )
-        return {f"eval/{name}/{key}": value for key, value in results.items()}
 
     def elapsed() -> float:
         return seconds_before + time.perf_counter() - start
-
-    def due(interval: int) -> bool:
-        return iteration == config.max_num_iters or (interval > 0 and iteration % interval == 0)
 
     def save() -> None:
         model = host_copy(Model(state.params, state.net_state))
@@ -1314,7 +1366,7 @@ def train(config: Config, preset: str) -> int:
 
     try:
         if iteration == 0 and not stop.made:
-            log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluate(with_search=False))
+            log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluation_metrics())
         while iteration < config.max_num_iters and not stop.made:
             began = time.perf_counter()
             state, metrics = iterate(state)
@@ -1324,18 +1376,16 @@ def train(config: Config, preset: str) -> int:
             decisions = int(metrics.pop("decisions"))
             frames += decisions
             metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
-            with_search = config.eval_num_simulations > 0 and due(config.eval_search_interval)
-            if with_search or due(config.eval_interval):
-                metrics |= evaluate(with_search)
+            metrics |= evaluation_metrics()
             log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
-            if due(config.save_interval):
+            if is_due(config, iteration, config.save_interval):
                 save()
             log.bar.set_postfix_str(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
             )
             log.bar.update()
-        if not due(config.save_interval):
+        if not is_due(config, iteration, config.save_interval):
             save()
     finally:
         log.close()

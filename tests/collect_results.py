@@ -32,7 +32,7 @@ def collect(folder: Path, device: str) -> dict:
 
     runs, commands = [], set()
     for run_dir in sorted(folder.glob("seed_*")):
-        checkpoint = script.read_checkpoint(script.find_checkpoints(run_dir)[-1], script.METHOD, "BinPack-v2")
+        checkpoint = script.read_checkpoint(script.find_checkpoints(run_dir)[-1], script.METHOD)
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         curve = [
             {key: row[key] for key in ("iteration", "frames", "hours", "eval/greedy/avg_return")}

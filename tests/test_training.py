@@ -182,7 +182,7 @@ def test_evaluation_does_not_depend_on_devices(env, network, config, model):
     results = []
     for count, size in ((1, 70), (2, 70), (4, 70), (1, 6)):
         devices = jax.local_devices()[:count]
-        keys = script.evaluation_keys(config.model_copy(update=dict(eval_batch_size=size)))
+        keys = script.evaluation_keys(config.eval_seed, size)
         results.append(script.make_player(env, policy, devices)(script.replicate(model, devices), keys))
     for episodes in results[1:3]:
         assert all(np.array_equal(a, b) for a, b in zip(episodes, results[0]))
