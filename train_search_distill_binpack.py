@@ -206,6 +206,7 @@ def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: 
     Values follow YAML's grammar (OmegaConf). Raises `UsageError` for anything that does not fit.
     """
     fields = config_class.model_fields
+    known = ["preset", *fields] if presets else [*fields]
     overrides: dict[str, str] = {}
     queue = list(argv)
     while queue:
@@ -222,8 +223,8 @@ def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: 
                 raw = queue.pop(0)
         elif not equals:
             raise UsageError(f"expected key=value or --key value, got '{word}'; --help lists the keys")
-        if key != "preset" and key not in fields:
-            near = difflib.get_close_matches(key, ["preset", *fields], n=1, cutoff=0.5)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
             raise UsageError(f"unknown key '{key}'; {hint}")
         if key in overrides:
@@ -231,9 +232,11 @@ def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: 
         overrides[key] = raw
 
     preset = overrides.pop("preset", "full")
-    if preset not in presets:
+    if presets and preset not in presets:
         raise UsageError(f"preset={preset}: expected one of {', '.join(presets)}; type preset=cpu")
-    values = presets[preset] | {key: _parse_value(key, raw, fields[key].annotation) for key, raw in overrides.items()}
+    values = presets.get(preset, {}) | {
+        key: _parse_value(key, raw, fields[key].annotation) for key, raw in overrides.items()
+    }
     try:
         return config_class(**values), preset
     except ValidationError as error:
@@ -282,7 +285,8 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
             kind = "|".join(map(str, get_args(field.annotation)))
         default = _as_typed(field.default) or "''"
         lines.append(f"  {key:28} {kind:18} {default:32} {field.description}")
-    lines += ["", "Presets, as preset=NAME; single keys still override them:", ""]
+    if presets:
+        lines += ["", "Presets, as preset=NAME; single keys still override them:", ""]
     for name, values in presets.items():
         words = " ".join(f"{key}={_as_typed(value)}" for key, value in values.items())
         lines.append(f"  {name:6} {words or 'the defaults above'}")
@@ -970,10 +974,15 @@ def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
     return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
 
 
+def instances_at_a_time(devices: list) -> int:
+    """How many instances the devices play together. Few, on a CPU, so that they fit its caches."""
+    return len(devices) * (64 if devices[0].platform == "cpu" else 1024)
+
+
 def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
     """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
     rollout = make_rollout(env, policy)
-    share = 64 if devices[0].platform == "cpu" else 1024  # Instances that a device plays at a time; few fit a cache.
+    share = instances_at_a_time(devices) // len(devices)
 
     def play_chunk(model, keys):
         trajectory = rollout(model, keys)
@@ -1011,19 +1020,18 @@ def is_due(config: RunConfig, iteration: int, interval: int) -> bool:
 # ======================================================================================================================
 
 
-def best_of_greedy_and_search(play_search: Callable, model: Model, keys: np.ndarray, greedy: Episodes) -> Episodes:
-    """Search on top of greedy play: of both episodes of an instance the better one counts.
+def keep_better(play: Callable, model: Any, keys: np.ndarray, episodes: Episodes) -> Episodes:
+    """Plays the instances that earlier episodes did not fill completely; of both episodes the better one counts.
 
-    The dynamics are exact and deterministic, so either can be kept, and a container that greedy play fills completely
-    needs no search.
+    This is how search is put on top of greedy play: the dynamics are exact and deterministic, so either can be kept.
     """
-    rest = np.flatnonzero(~greedy.solved)
+    rest = np.flatnonzero(~episodes.solved)
     if not len(rest):
-        return greedy
-    searched = play_search(model, keys[rest])
-    better = searched.returns > greedy.returns[rest]
-    merged = Episodes(*(x.copy() for x in greedy))
-    for mine, theirs in zip(merged, searched):
+        return episodes
+    played = play(model, keys[rest])
+    better = played.returns > episodes.returns[rest]
+    merged = Episodes(*(x.copy() for x in episodes))
+    for mine, theirs in zip(merged, played):
         mine[rest[better]] = theirs[better]
     return merged
 
@@ -1045,7 +1053,7 @@ def make_evaluate(
         greedy = play_greedy(model, keys)
         if not with_search:
             return {"greedy": greedy}
-        return {"greedy": greedy, "search": best_of_greedy_and_search(play_search, model, keys, greedy)}
+        return {"greedy": greedy, "search": keep_better(play_search, model, keys, greedy)}
 
     return evaluate
 
@@ -1281,6 +1289,12 @@ def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: Run
     return seconds * visits_per_decision(config) * config.rollout_batch_size * MAX_DECISIONS
 
 
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in a folder (empty: does not); JAX's own variable wins."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+
+
 def train(config: RunConfig, preset: str) -> int:
     """Runs or resumes a training run; returns the exit status."""
     devices = jax.local_devices()
@@ -1289,9 +1303,7 @@ def train(config: RunConfig, preset: str) -> int:
         if value % len(devices):
             nearest = max(round(value / len(devices)), 1) * len(devices)
             raise UsageError(f"{key}={value}: expected a multiple of the {len(devices)} devices; type {key}={nearest}")
-    if config.compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
-
+    use_compilation_cache(config.compilation_cache_dir)
     stop = StopRequest()
     checkpoint = prepare_run(config)
     env, network = make_env(), make_network(config)

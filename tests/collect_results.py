@@ -1,10 +1,12 @@
-"""Collects finished runs into `tests/results/cpu_preset.json` and writes the README's table from it
-and from `tests/results/environment.json`.
+"""Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and writes the README's table from it
+and from `tests/results/floors.json`.
 
-    python tests/collect_results.py checkpoints/BinPack-v2/nsim_4 "2 cores of an AMD EPYC"
+    python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
-takes the runs in the folder's `seed_*` (with the commit of the checkout that they lie in) and a description of the
-machine; without arguments only the table is made.
+takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
+Without arguments only the table is made. The floors come from
+
+    python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
 """
 
 import json
@@ -16,7 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
-FLOORS = ROOT / "tests" / "results" / "environment.json"
+FLOORS = ROOT / "tests" / "results" / "floors.json"
+FLOOR_LABELS = {
+    "random": "random legal actions",
+    "largest_first": "largest item into the smallest space",
+    "lookahead": "one-ply look-ahead with that rule, 16 actions",
+}
+OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
+GREEDY = "eval/greedy/avg_return"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -26,71 +35,101 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def collect(folder: Path, device: str) -> dict:
+def collect(folder: Path) -> dict:
+    """The runs of one folder: command, commit, versions, and of each run its curve and last row."""
     sys.path.insert(0, str(ROOT))
-    import train_search_distill_binpack as script
+    import evaluate
 
     runs, commands = [], set()
     for run_dir in sorted(folder.glob("seed_*")):
-        checkpoint = script.read_checkpoint(script.find_checkpoints(run_dir)[-1], script.METHOD)
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        curve = [
-            {key: row[key] for key in ("iteration", "frames", "hours", "eval/greedy/avg_return")}
-            for row in rows
-            if "eval/greedy/avg_return" in row
-        ]
-        last = {key: value for key, value in rows[-1].items() if key.startswith(("eval/", "rollout/"))}
-        minutes, frames = 60 * rows[-1]["hours"], rows[-1]["frames"]
-        config = checkpoint["config"]
+        checkpoint = evaluate.load_checkpoint(run_dir)
+        script = evaluate.METHODS[checkpoint.method]
+        config = checkpoint.config.model_dump(mode="json")
         expected = script.Config(**script.PRESETS["cpu"]).model_dump(mode="json")
-        own = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
-        commands.add(" ".join(f"{k}={v}" for k, v in config.items() if k not in own and v != expected[k]))
-        runs.append(dict(seed=config["seed"], minutes=minutes, frames=frames, last=last, curve=curve))
+        changed = {key: value for key, value in config.items() if key not in OWN_KEYS and value != expected[key]}
+        words = "".join(f" {key}={script._as_typed(value)}" for key, value in changed.items())
+        commands.add(f"python {Path(script.__file__).name} preset=cpu{words} seed=SEED")
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        if rows[-1]["iteration"] != config["max_num_iters"]:
+            sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {rows[-1]['iteration']}")
+        curve = [{key: row[key] for key in ("iteration", "frames", "hours", GREEDY)} for row in rows if GREEDY in row]
+        last = {key: value for key, value in rows[-1].items() if key.startswith(("eval/", "rollout/"))}
+        one = dict(seed=config["seed"], minutes=60 * rows[-1]["hours"], frames=rows[-1]["frames"])
+        runs.append(one | dict(last=last, curve=curve))
+    if len(commands) != 1:
+        sys.exit(f"{folder}: expected seed_* that differ in their seed only, got {sorted(commands) or 'none'}")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
-    if commands != {""}:
-        sys.exit(f"expected runs of preset=cpu, got other keys: {commands}")
-    command = "python train_search_distill_binpack.py preset=cpu seed=SEED"
+    versions = evaluate.search_distill.read_checkpoint(checkpoint.path)["versions"]
     return dict(
-        command=command,
-        commit=commit,
-        device=device,
-        versions=checkpoint["versions"],
-        config=config,
-        runs=runs,
+        command=commands.pop(), method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs
     )
+
+
+def at(run: dict, key: str, value: float) -> float:
+    """Greedy utilisation of a run when `key` (frames or hours) has a value, on the line between two evaluations."""
+    curve = run["curve"]
+    for before, after in zip(curve, curve[1:]):
+        if before[key] <= value <= after[key]:
+            share = (value - before[key]) / (after[key] - before[key])
+            return before[GREEDY] + share * (after[GREEDY] - before[GREEDY])
+    return curve[-1][GREEDY]
 
 
 def table(results: dict, floors: dict) -> str:
     """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
-    runs = results["runs"]
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    minutes = max(run["minutes"] for run in runs)
-    title = f"`preset=cpu`, seeds {seeds}, {results['device']}, {minutes:.1f} minutes a run"
-    lines = [f"| {title} | utilisation | filled completely |", "|---|---|---|"]
-    for name, label in (("random", "random legal actions"), ("heuristic", "largest item into the smallest space")):
-        one = floors["by_kind"][name]
-        mean, error = 100 * one["utilisation"], 100 * one["utilisation_se"]
-        lines.append(f"| {label} ({one['episodes']:,} other instances) | {mean:.2f} ± {error:.2g} % | |")
-    simulations = results["config"]["eval_num_simulations"]
-    for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
-        mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
-        solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
-        lines.append(f"| {label} | {mean:.2f} ± {error:.2g} % | {solved:.1f} ± {solved_error:.2g} % |")
-    first = lambda bar: max(_minutes_to(run, bar) for run in runs)
-    passed = f"The network alone was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f}"
+    lines = [
+        f"| `preset=cpu`, {results['device']} | decisions | minutes | utilisation | filled completely |",
+        "|---|---|---|---|---|",
+    ]
+    for row in floors["rows"]:
+        mean, error = 100 * row["avg_return"], 100 * row["avg_return_se"]
+        lines.append(
+            f"| {FLOOR_LABELS[row['policy']]} | | | {mean:.2f} ± {error:.2g} % | {100 * row['solved_rate']:.1f} % |"
+        )
+    for group in results["groups"]:
+        runs, config = group["runs"], group["config"]
+        frames, minutes = (sum(run[key] for run in runs) / len(runs) for key in ("frames", "minutes"))
+        method = {"ppo": "PPO", "search_distill": "search distillation"}[group["method"]]
+        cost = f"{round(frames, -3):,.0f} | {minutes:.1f}"
+        simulations = config.get("eval_num_simulations")
+        for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
+            if f"eval/{name}/avg_return" not in runs[0]["last"]:
+                continue
+            mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
+            solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
+            figures = f"{mean:.2f} ± {error:.2g} % | {solved:.1f} ± {solved_error:.2g} %"
+            lines.append(f"| {method}, {label} | {cost} | {figures} |")
+    seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
     return "\n".join(
         [
             *lines,
             "",
-            f"± is the standard error over seeds (instances, for the two rules). {passed} with every seed,",
-            "compilation included. With search on top, the better of two episodes counts (network's, search's).",
+            f"± is the standard error over seeds {seeds} (for the rules: over instances). {sentences(results)}",
         ]
+    )
+
+
+def sentences(results: dict) -> str:
+    """What the curves say of time: in words, below the table."""
+    groups = {group["method"]: group["runs"] for group in results["groups"]}
+    search, ppo = groups["search_distill"], groups["ppo"]
+    first = lambda bar: max(_minutes_to(run, bar) for run in search)
+    hours = min(run["curve"][-1]["hours"] for run in search + ppo)
+    parts = []
+    for label, runs in (("search distillation", search), ("PPO", ppo)):
+        mean, error = mean_and_error([100 * at(run, "hours", hours) for run in runs])
+        parts.append(f"{label} {mean:.2f} ± {error:.2g} %")
+    return (
+        f"The network of search distillation was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after"
+        f" {first(0.96):.1f} with every seed, compilation included. After the same {60 * hours:.1f} minutes the"
+        f" networks alone stand at: {', '.join(parts)}. With search on top, the better of two episodes counts (the"
+        " network's and the search's)."
     )
 
 
 def _minutes_to(run: dict, bar: float) -> float:
     """Minutes until the first evaluation above a bar."""
-    return next((60 * row["hours"] for row in run["curve"] if row["eval/greedy/avg_return"] > bar), math.inf)
+    return next((60 * row["hours"] for row in run["curve"] if row[GREEDY] > bar), math.inf)
 
 
 def with_table(readme: str, results: dict, floors: dict) -> str:
@@ -104,8 +143,9 @@ def with_table(readme: str, results: dict, floors: dict) -> str:
 
 def main(argv: list[str]) -> None:
     if argv:
-        folder, device = argv
-        RESULTS.write_text(json.dumps(collect(Path(folder), device), indent=1) + "\n")
+        device, *folders = argv
+        groups = [collect(Path(folder)) for folder in folders]
+        RESULTS.write_text(json.dumps(dict(device=device, groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
     results, floors = (json.loads(path.read_text()) for path in (RESULTS, FLOORS))
     readme.write_text(with_table(readme.read_text(), results, floors))

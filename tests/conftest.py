@@ -1,7 +1,9 @@
 """Fixtures for all tests. JAX sees four CPU devices, so that one process can compare 1, 2 and 4 of them."""
 
 import os
+import signal
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
@@ -10,10 +12,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
 
 import jax
+import numpy as np
 import pytest
 
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
+ROOT = Path(__file__).parent.parent
 # A network and search that compile in seconds; every test that does not name its own configuration uses them.
 SMALL = dict(
     max_num_iters=4,
@@ -32,7 +37,69 @@ SMALL = dict(
     eval_num_simulations=0,
     save_interval=2,
 )
+SMALL_SEARCH = ("num_simulations", "search_width", "max_num_considered_actions", "eval_num_simulations")
 SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
+
+
+def flat_vector(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+
+def override(*words) -> list[str]:
+    """The words, and those of the small configuration whose keys are not among them."""
+    keys = {word.split("=")[0] for word in words}
+    return [word for word in SMALL_WORDS if word.split("=")[0] not in keys] + list(words)
+
+
+@pytest.fixture(scope="session")
+def ppo_words():
+    """The same for PPO, which has no search to make small."""
+    return lambda *words: [word for word in override(*words) if word.split("=")[0] not in SMALL_SEARCH]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs use one device; signal handlers are put back after the test."""
+    device = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: device)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_once(folder: Path, main, words: list[str]) -> None:
+    device = jax.local_devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: device)
+        assert main([*words, f"save_dir={folder}"]) == 0
+
+
+LIKE_PRESET = ("leaf_value=completion", "num_epochs=2", "learning_rate_decay_iters=4")
+
+
+@pytest.fixture(scope="session")
+def search_run(tmp_path_factory) -> Path:
+    """The folder of an undisturbed run of search distillation, four iterations."""
+    folder = tmp_path_factory.mktemp("search")
+    run_once(folder, script.main, override(*LIKE_PRESET))
+    return folder / "BinPack-v2" / "nsim_2" / "seed_0"
+
+
+@pytest.fixture(scope="session")
+def ppo_run(tmp_path_factory, ppo_words) -> Path:
+    """The folder of an undisturbed run of PPO, four iterations."""
+    folder = tmp_path_factory.mktemp("ppo")
+    run_once(folder, ppo.main, ppo_words("learning_rate_decay_iters=4"))
+    return folder / "BinPack-v2" / "ppo" / "seed_0"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of the same finished runs share a worker, so that each run is made once."""
+    for item in items:
+        if {"search_run", "ppo_run"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("runs"))
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +122,12 @@ def model(env, network, config):
     """Random parameters, with a policy that is neither uniform nor certain."""
     state = script.init_train_state(env, network, config)
     return script.Model(jax.tree.map(lambda x: 3.0 * x, state.params), state.net_state)
+
+
+@pytest.fixture(scope="session")
+def apply(network):
+    """(model, observations) -> (logits, value)."""
+    return jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation)[0])
 
 
 @pytest.fixture(scope="session")

@@ -13,34 +13,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL_WORDS
+from conftest import LIKE_PRESET, override
 
 import train_search_distill_binpack as script
 
 ROOT = Path(__file__).parent.parent
-LIKE_PRESET = ("leaf_value=completion", "num_epochs=2", "learning_rate_decay_iters=4")
 TIMES = ("hours", "perf/decisions_per_second", "perf/iteration_seconds")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Runs use one device here; signal handlers are put back after each test."""
-    device = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda: device)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def run(save_dir, *words) -> Path:
     assert script.main(override(f"save_dir={save_dir}", *words)) == 0
     return Path(save_dir) / "BinPack-v2" / "nsim_2" / "seed_0"
-
-
-def override(*words) -> list[str]:
-    keys = {word.split("=")[0] for word in words}
-    return [word for word in SMALL_WORDS if word.split("=")[0] not in keys] + list(words)
 
 
 def log_of(run_dir: Path) -> list[dict]:
@@ -53,17 +39,6 @@ def load(path: Path) -> dict:
         return pickle.load(file)
 
 
-@pytest.fixture(scope="module")
-def four_iterations(tmp_path_factory):
-    """The folder of an undisturbed run of four iterations."""
-    device = jax.local_devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: device)
-        folder = tmp_path_factory.mktemp("four")
-        assert script.main(override(*LIKE_PRESET, f"save_dir={folder}")) == 0
-    return folder / "BinPack-v2" / "nsim_2" / "seed_0"
-
-
 def assert_same_checkpoint(path: Path, other: Path) -> None:
     mine, theirs = load(path), load(other)
     for key in ("model", "opt_state", "iteration", "frames", "format_version", "method", "versions"):
@@ -71,46 +46,46 @@ def assert_same_checkpoint(path: Path, other: Path) -> None:
         assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), key
 
 
-def test_two_iterations_and_two_more_equal_four(four_iterations, tmp_path):
+def test_two_iterations_and_two_more_equal_four(search_run, tmp_path):
     assert script.main(override(*LIKE_PRESET, "max_num_iters=2", f"save_dir={tmp_path}")) == 0
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
     assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000002.pkl"]
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "frames": 1}\n{"iterat')  # What a killed run leaves after its last checkpoint.
     assert script.main(override(*LIKE_PRESET, "resume=auto", f"save_dir={tmp_path}")) == 0
-    assert_same_checkpoint(run_dir / "iter_000004.pkl", four_iterations / "iter_000004.pkl")
-    assert log_of(run_dir) == log_of(four_iterations)
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
+    assert log_of(run_dir) == log_of(search_run)
 
 
-def test_resume_from_a_path_continues_in_another_folder_only(four_iterations, tmp_path, capsys):
-    words = override(*LIKE_PRESET, f"resume={four_iterations / 'iter_000002.pkl'}")
-    assert script.main([*words, f"save_dir={four_iterations.parents[2]}"]) == 2
+def test_resume_from_a_path_continues_in_another_folder_only(search_run, tmp_path, capsys):
+    words = override(*LIKE_PRESET, f"resume={search_run / 'iter_000002.pkl'}")
+    assert script.main([*words, f"save_dir={search_run.parents[2]}"]) == 2
     assert "iter_000004.pkl of an earlier run would be lost" in capsys.readouterr().err
     assert script.main([*words, f"save_dir={tmp_path}"]) == 0
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    assert_same_checkpoint(run_dir / "iter_000004.pkl", four_iterations / "iter_000004.pkl")
-    branch, origin = load(run_dir / "iter_000004.pkl"), load(four_iterations / "iter_000004.pkl")
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
+    branch, origin = load(run_dir / "iter_000004.pkl"), load(search_run / "iter_000004.pkl")
     assert branch["wandb_id"] != origin["wandb_id"]
 
 
-def test_resuming_a_complete_run_says_so_and_changes_nothing(four_iterations, capsys):
-    before = {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()}
-    assert script.main(override(*LIKE_PRESET, "resume=auto", f"save_dir={four_iterations.parents[2]}")) == 0
+def test_resuming_a_complete_run_says_so_and_changes_nothing(search_run, capsys):
+    before = {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()}
+    assert script.main(override(*LIKE_PRESET, "resume=auto", f"save_dir={search_run.parents[2]}")) == 0
     assert "Complete: 4 iterations are done" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
 
 
-def test_evaluation_does_not_depend_on_its_interval(four_iterations, tmp_path):
+def test_evaluation_does_not_depend_on_its_interval(search_run, tmp_path):
     assert script.main(override(*LIKE_PRESET, "eval_interval=1", f"save_dir={tmp_path}")) == 0
-    often, seldom = log_of(tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"), log_of(four_iterations)
+    often, seldom = log_of(tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"), log_of(search_run)
     assert len(often) == len(seldom) == 5
     for a, b in zip(often, seldom, strict=True):
         assert {key: a[key] for key in b} == b
     assert all("eval/greedy/avg_return" in row for row in often)
 
 
-def test_log_has_the_promised_names(four_iterations):
-    rows = [json.loads(line) for line in (four_iterations / "metrics.jsonl").read_text().splitlines()]
+def test_log_has_the_promised_names(search_run):
+    rows = [json.loads(line) for line in (search_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     assert all(rows[i]["frames"] < rows[i + 1]["frames"] and rows[i]["hours"] < rows[i + 1]["hours"] for i in range(4))
     promised = {
@@ -123,7 +98,7 @@ def test_log_has_the_promised_names(four_iterations):
     assert rows[4]["frames"] - rows[3]["frames"] == round(rows[4]["rollout/avg_steps"] * 8)
 
 
-def test_a_checkpoint_opens_with_numpy_alone(four_iterations):
+def test_a_checkpoint_opens_with_numpy_alone(search_run):
     """In a process that cannot import jax, the README's line gives parameters, state and configuration."""
     code = """
 import pickle, sys
@@ -142,7 +117,7 @@ def plain(x):
 assert plain(checkpoint), "something that is not plain"
 print(sum(x.size for m in params.values() for x in m.values()), checkpoint["config"]["num_simulations"])
 """
-    path = str(four_iterations / "iter_000004.pkl")
+    path = str(search_run / "iter_000004.pkl")
     run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     size, simulations = run.stdout.split()
@@ -161,8 +136,8 @@ class Attack:
 
 
 @pytest.mark.parametrize("kind", ["shell", "numpy", "truncated", "text", "newer", "other method", "list", "bare"])
-def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, four_iterations, tmp_path, capsys):
-    good, path, marker = four_iterations / "iter_000004.pkl", tmp_path / "bad.pkl", tmp_path / "marker"
+def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_run, tmp_path, capsys):
+    good, path, marker = search_run / "iter_000004.pkl", tmp_path / "bad.pkl", tmp_path / "marker"
     contents = load(good)
     data = {
         "shell": lambda: pickle.dumps(Attack(os.system, f"touch {marker}")),
@@ -181,19 +156,19 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, four_it
     assert not list(tmp_path.glob("marker*")) and not (tmp_path / "save").exists()
 
 
-def test_resume_refuses_another_network(four_iterations, tmp_path, capsys):
-    resume = f"resume={four_iterations / 'iter_000002.pkl'}"
+def test_resume_refuses_another_network(search_run, tmp_path, capsys):
+    resume = f"resume={search_run / 'iter_000002.pkl'}"
     assert script.main(override(*LIKE_PRESET, resume, "pair_units=9", f"save_dir={tmp_path}")) == 2
     assert "do not fit this configuration; type pair_units=8\n" in capsys.readouterr().err
 
 
-def test_starting_over_an_earlier_run_needs_a_word(four_iterations, capsys):
-    save_dir = four_iterations.parents[2]
-    before = {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()}
+def test_starting_over_an_earlier_run_needs_a_word(search_run, capsys):
+    save_dir = search_run.parents[2]
+    before = {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()}
     assert script.main(override(f"save_dir={save_dir}")) == 2
     err = capsys.readouterr().err
     assert "resume=auto" in err and "overwrite=true" in err and err.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in four_iterations.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
 
 
 def test_overwrite_starts_again(tmp_path):

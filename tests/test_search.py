@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
-import pytest
 
 import train_search_distill_binpack as script
 
@@ -93,10 +92,9 @@ def best_return(env, state, observation) -> float:
     return best
 
 
-@pytest.mark.parametrize("leaf_value", ["network", "completion"])
-def test_search_finds_the_optimum_of_small_endgames(env, network, config, model, played, leaf_value):
+def test_search_finds_the_optimum_of_small_endgames(env, network, config, model, played):
     """Two items from the end, with simulations to spare, search plays what exhaustive search finds."""
-    config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=100.0, leaf_value=leaf_value))
+    config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=100.0, leaf_value="completion"))
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
     items = np.asarray(observations.action_mask).any(-2).sum(-1)
@@ -156,9 +154,9 @@ def test_carried_completion_equals_a_new_one(env, network, config, model, played
     np.testing.assert_array_equal(carried, fresh)
 
 
-def test_terminal_nodes_have_no_value(network, model, played):
+def test_terminal_nodes_have_no_value(model, apply, played):
     states, observations = rows(played, ~script.is_decision(played[1]))
-    (logits, value), _ = network.apply(model.params, model.state, None, observations)
+    logits, value = apply(model, observations)
     assert (np.asarray(value) == 0).all() and np.isfinite(np.asarray(logits)).all()
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import flat_vector
 
 import train_search_distill_binpack as script
 
@@ -25,10 +26,6 @@ def loss_and_gradient(network, config, model, samples):
     return jax.jit(function)(model.params, model.state, samples, samples.mask.sum())
 
 
-def flat_vector(tree) -> np.ndarray:
-    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
-
-
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
 def test_returns_equal_a_python_loop(discount):
     reward = np.random.default_rng(0).random((5, 19)).astype(np.float32)
@@ -41,13 +38,13 @@ def test_returns_equal_a_python_loop(discount):
     np.testing.assert_allclose(script.discounted_returns(jnp.array(reward), discount), expected, rtol=1e-5)
 
 
-def test_loss_equals_a_plain_loop(network, config, model, played):
+def test_loss_equals_a_plain_loop(network, config, model, apply, played):
     samples = make_rows(played[1], 0, 60)
     (loss, metrics), _ = loss_and_gradient(network, config, model, samples)
     policy_loss, value_loss, count = 0.0, 0.0, 0
     for i in np.flatnonzero(np.asarray(samples.mask)):
         row = jax.tree.map(lambda x, i=i: x[i], samples)
-        (logits, value), _ = network.apply(model.params, model.state, None, row.observation)
+        logits, value = apply(model, row.observation)
         logits = np.asarray(logits, np.float64)
         log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w)
@@ -88,15 +85,15 @@ def test_gradients_are_finite_on_finished_rows(network, config, model, played):
     finished = np.argwhere(~np.asarray(script.is_decision(played[1])))[:4]
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 4)
     samples = samples._replace(weights=jnp.zeros_like(samples.weights))
-    function = jax.grad(script.make_loss(network, config), has_aux=True)
+    function = jax.jit(jax.grad(script.make_loss(network, config), has_aux=True))
     gradient, _ = function(model.params, model.state, samples, 1)
     assert np.isfinite(flat_vector(gradient)).all()
 
 
-def test_value_is_bounded_by_the_volume_of_the_unplaced_items(network, model, played):
+def test_value_is_bounded_by_the_volume_of_the_unplaced_items(model, apply, played):
     observations = played[1]
     wild = script.Model(jax.tree.map(lambda x: 10.0 * x, model.params), model.state)
-    (logits, value), _ = network.apply(wild.params, wild.state, None, observations)
+    logits, value = apply(wild, observations)
     x, y, z = map(np.asarray, observations.items)
     waiting = np.asarray(observations.items_mask & ~observations.items_placed)
     bound = (x * y * z * waiting).sum(-1)
@@ -148,6 +145,7 @@ def iterated(env, network, config):
     return found
 
 
+@pytest.mark.xdist_group("iterated")
 def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
     """Parameters may differ by a step of Adam where a gradient is 0 but for rounding, and so is its sign."""
     moments, params, metrics, _ = iterated[1]
@@ -164,10 +162,12 @@ def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterate
             assert other_metrics[0][key] == pytest.approx(metrics[0][key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.xdist_group("iterated")
 def test_one_compilation_serves_all_iterations(iterated):
     assert [compilations for *_, compilations in iterated.values()] == [1, 1, 1]
 
 
+@pytest.mark.xdist_group("iterated")
 def test_training_changes_every_parameter(env, network, config, iterated):
     start = script.init_train_state(env, network, config).params
     for (path, before), after in zip(
@@ -201,7 +201,7 @@ def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
         asked.append(np.asarray(keys).tolist())
         return script.Episodes(np.array([0.9, 0.7]), np.array([17, 13]), np.array([False, False]))
 
-    merged = script.best_of_greedy_and_search(play_search, None, np.arange(3), greedy)
+    merged = script.keep_better(play_search, None, np.arange(3), greedy)
     assert asked == [[1, 2]]
     assert merged.returns.tolist() == [1.0, 0.9, 0.8] and merged.steps.tolist() == [19, 17, 15]
     assert greedy.returns.tolist() == [1.0, 0.5, 0.8]

@@ -1,0 +1,540 @@
+"""Scores, compares and draws checkpoints of both training scripts, on fixed instances of BinPack-v2.
+
+    python evaluate.py checkpoints/BinPack-v2/nsim_4/seed_0             # greedy play of the newest checkpoint there
+    python evaluate.py CHECKPOINT OTHER policy=greedy,search,best_of_n json=scores.json
+    python evaluate.py policy=random,largest_first,lookahead            # the floors, without a checkpoint
+    python evaluate.py CHECKPOINT OTHER render=episode.gif              # one instance, side by side
+    python evaluate.py RUN_FOLDER... policy=[] curves=curves.png        # learning curves, seeds as bands
+    python evaluate.py --help
+
+A CHECKPOINT is an iter_*.pkl or the folder of a run. In a notebook: `from evaluate import load_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import train_ppo_binpack as ppo
+import train_search_distill_binpack as search_distill
+from train_search_distill_binpack import MASKED, MAX_DECISIONS, Episodes, Model, Policy, RunConfig, UsageError
+
+if TYPE_CHECKING:
+    from jumanji.environments import BinPack
+    from jumanji.environments.packing.bin_pack.types import Observation, State
+
+METHODS = {script.METHOD: script for script in (search_distill, ppo)}
+FLOORS = ("random", "largest_first", "lookahead")
+PolicyName = Literal["greedy", "sample", "search", "best_of_n", "random", "largest_first", "lookahead"]
+OutputPath = Annotated[str, AfterValidator(os.path.expanduser)]
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # The key `json` hides a deprecated method of BaseModel.
+
+    class Config(BaseModel):
+        """Every key of an evaluation."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        policy: tuple[PolicyName, ...] = Field(
+            ("greedy",),
+            description="a list of: greedy, sample, search, best_of_n; without a checkpoint: random, largest_first,"
+            " lookahead",
+        )
+        num_simulations: Annotated[int, Field(ge=1)] = Field(32, description="simulations a decision (policy=search)")
+        leaf_value: Literal["checkpoint", "network", "completion"] = Field(
+            "checkpoint", description="value of a new node (policy=search): as in training (PPO: completion), or this"
+        )
+        n: Annotated[int, Field(ge=1)] = Field(32, description="sampled episodes beside the greedy (policy=best_of_n)")
+        seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+            1_000_000, description="seed that fixes the instances; the default is that of training's evaluations"
+        )
+        num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
+        json: OutputPath = Field("", description="file for the table's figures and each instance's utilisation")
+        render: OutputPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
+        instance: Annotated[int, Field(ge=0)] = Field(0, description="number of the instance to render")
+        curves: OutputPath = Field("", description=".png of the runs' learning curves: means, and bands over seeds")
+
+        @field_validator("policy", mode="before")
+        @classmethod
+        def _one_or_more(cls, value: Any) -> Any:
+            return [x.strip() for x in value.split(",")] if isinstance(value, str) else value
+
+        @field_validator("json", "render", "curves")
+        @classmethod
+        def _can_be_written(cls, value: str, info) -> str:
+            endings = {"json": (".json",), "render": (".gif", ".png"), "curves": (".png",)}[info.field_name]
+            if value and not value.endswith(endings):
+                raise ValueError(f"expected a file that ends in {' or '.join(endings)}")
+            if value and not os.access(Path(value).parent, os.W_OK):
+                raise ValueError(
+                    f"expected a file in a folder that exists and can be written, got {Path(value).parent}"
+                )
+            return value
+
+
+# ======================================================================================================================
+# Checkpoints
+# ======================================================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, ready to use. Made by `load_checkpoint`."""
+
+    path: Path
+    method: str  # "search_distill" or "ppo"
+    iteration: int
+    config: RunConfig  # the training script's `Config`
+    params: dict  # Haiku parameters, numpy arrays
+    state: dict  # Haiku state
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path.parts[-3:-1] + (str(self.iteration),))
+
+    @property
+    def model(self) -> Model:
+        return Model(self.params, self.state)
+
+    @functools.cached_property
+    def env(self) -> BinPack:
+        """The environment, equal to Jumanji's BinPack-v2."""
+        return METHODS[self.method].make_env()
+
+    @functools.cached_property
+    def network(self):
+        return METHODS[self.method].make_network(self.config)
+
+    @functools.cached_property
+    def _apply(self) -> Callable:
+        return jax.jit(lambda model, observation: self.network.apply(model.params, model.state, None, observation)[0])
+
+    def apply(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
+        """Observation with leading dimensions [...] -> logits of the flat actions [..., A], very negative where
+        illegal, and value [...], the volume that the network expects still to be packed."""
+        return self._apply(self.model, observation)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The most probable action as `env.step` takes it: int32 [..., 2], number of the space and of the item."""
+        action = np.asarray(self.apply(observation)[0]).argmax(-1)
+        return np.stack(np.divmod(action, observation.items_mask.shape[-1]), -1).astype(np.int32)
+
+    def play(self, seed: int) -> list[State]:
+        """The states of one greedy episode, first to last, as `env.animate` takes them."""
+        policy = search_distill.make_greedy_policy(self.network)
+        return play_states(self.env, policy, self.model, jax.random.PRNGKey(seed))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads an iter_*.pkl of either method, or the newest one in a run's folder.
+
+    A file that holds anything but numpy arrays and plain containers is refused before any of it runs. Raises
+    `UsageError` with one line that says what was expected.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = search_distill.find_checkpoints(path)
+        if not found:
+            raise UsageError(f"{path}: expected a run's folder with an iter_*.pkl in it; give a file or another folder")
+        path = found[-1]
+    contents = search_distill.read_checkpoint(path)
+    if contents["method"] not in METHODS:
+        raise UsageError(f"{path}: expected a checkpoint of {' or '.join(METHODS)}, got method={contents['method']}")
+    try:
+        config = METHODS[contents["method"]].Config(**contents["config"])
+        params, state = contents["model"]
+        network = METHODS[contents["method"]].make_network(config)
+        env = METHODS[contents["method"]].make_env()
+        expected = jax.eval_shape(
+            lambda key: network.init(key, env.reset(key)[1].observation), jax.ShapeDtypeStruct((2,), np.uint32)
+        )
+        search_distill.restore_leaves(expected, jax.tree.leaves((params, state)), "")
+        if jax.tree.structure(expected) != jax.tree.structure((params, state)):
+            raise ValueError("other names of parameters")
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should be', 'expected')}"
+        raise UsageError(f"{path}: its configuration is not one of this version ({reason})") from None
+    except (UsageError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
+        raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
+    return Checkpoint(path.absolute(), contents["method"], contents["iteration"], config, params, state)
+
+
+# ======================================================================================================================
+# Policies
+# ======================================================================================================================
+
+
+def make_sample_policy(network) -> Policy:
+    """An action drawn from the network's distribution. The model is (Model, number): each number gives an episode
+    of its own on the same instance."""
+
+    def act(numbered, key, state, observation, memory):
+        model, number = numbered
+        (logits, _), _ = network.apply(model.params, model.state, None, observation)
+        return jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32), None, memory
+
+    return Policy(start=lambda *_: (), act=act)
+
+
+def make_random_policy() -> Policy:
+    """A uniformly random legal action."""
+
+    def act(model, key, state, observation, memory):
+        logits = jnp.where(search_distill.legal_actions(observation), 0.0, MASKED)
+        return jax.random.categorical(key, logits).astype(jnp.int32), None, memory
+
+    return Policy(start=lambda *_: (), act=act)
+
+
+def largest_first(observation: Observation) -> jax.Array:
+    """All flat actions in the order of a simple rule, int32 [A]: the largest item first, for it the smallest space
+    that holds it. Illegal actions come last."""
+    x, y, z = observation.items
+    ems = observation.ems
+    space = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
+    legal = search_distill.legal_actions(observation)
+    volumes = jnp.broadcast_arrays(-(x * y * z)[None], space[:, None])
+    keys = (~legal, *(volume.reshape(-1) for volume in volumes), jnp.arange(legal.size))
+    return jax.lax.sort(keys, num_keys=3)[-1]
+
+
+def make_largest_first_policy() -> Policy:
+    def act(model, key, state, observation, memory):
+        return largest_first(observation)[0], None, memory
+
+    return Policy(start=lambda *_: (), act=act)
+
+
+def make_lookahead_policy(env: BinPack, num_candidates: int = 16) -> Policy:
+    """One ply of look-ahead without any learning: each of the rule's best actions is completed by the rule, and the
+    one with the best outcome is taken."""
+
+    def complete(state: State, observation: Observation) -> jax.Array:
+        def body(carry):
+            state, observation, total = carry
+            state, timestep = search_distill.step_flat(env, state, largest_first(observation)[0])
+            return state, timestep.observation, total + timestep.reward
+
+        init = (state, observation, jnp.float32(0.0))
+        return jax.lax.while_loop(lambda carry: search_distill.is_decision(carry[1]), body, init)[2]
+
+    def act(model, key, state, observation, memory):
+        def outcome(action):
+            after, timestep = search_distill.step_flat(env, state, action)
+            return timestep.reward + complete(after, timestep.observation)
+
+        actions = largest_first(observation)[:num_candidates]
+        legal = search_distill.legal_actions(observation)[actions]
+        return actions[jnp.where(legal, jax.vmap(outcome)(actions), -1.0).argmax()], None, memory
+
+    return Policy(start=lambda *_: (), act=act)
+
+
+def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Config) -> list[tuple[Policy, Any]]:
+    """What a row of the table plays: pairs of policy and model, of whose episodes the best counts."""
+    if name in FLOORS:
+        make = {
+            "random": make_random_policy,
+            "largest_first": make_largest_first_policy,
+            "lookahead": functools.partial(make_lookahead_policy, env),
+        }
+        return [(make[name](), ())]
+    network, model = checkpoint.network, checkpoint.model
+    greedy, sample = search_distill.make_greedy_policy(network), make_sample_policy(network)
+    if name == "sample":
+        return [(sample, (model, np.int32(0)))]
+    if name == "best_of_n":
+        return [(greedy, model)] + [(sample, (model, np.int32(number))) for number in range(config.n)]
+    if name == "search":
+        settings = checkpoint.config
+        if checkpoint.method != search_distill.METHOD:
+            settings = search_distill.Config(leaf_value="completion", discount=settings.discount)
+        if config.leaf_value != "checkpoint":
+            settings = settings.model_copy(update=dict(leaf_value=config.leaf_value))
+        policy = search_distill.make_search_policy(env, network, settings, config.num_simulations, gumbel_scale=0.0)
+        return [(greedy, model), (policy, model)]
+    return [(greedy, model)]
+
+
+# ======================================================================================================================
+# Scores
+# ======================================================================================================================
+
+
+def score(name: str, pairs: list[tuple[Policy, Any]], env: BinPack, keys: np.ndarray) -> tuple[Episodes, float]:
+    """Plays every instance -> (episodes, decisions per second). The first call of a program compiles and is not
+    timed, unless nothing else was played: then it is repeated."""
+    devices = jax.local_devices()
+    size = search_distill.instances_at_a_time(devices)
+    players: dict[int, Callable] = {}
+    decisions, seconds = 0, 0.0
+
+    def timed(play: Callable, warm: bool) -> Callable:
+        def run(model, keys):
+            nonlocal decisions, seconds
+            start = time.perf_counter()
+            episodes = play(model, keys)
+            if warm:
+                seconds += time.perf_counter() - start
+                decisions += int(episodes.steps.sum())
+            return episodes
+
+        return run
+
+    pieces = []
+    total = len(keys) * len(pairs)
+    with tqdm.tqdm(total=total, desc=name, unit="episode", disable=None, leave=False) as bar:
+        for start in range(0, len(keys), size):
+            piece, episodes = keys[start : start + size], None
+            for policy, model in pairs:
+                warm = id(policy) in players
+                play = players.setdefault(id(policy), search_distill.make_player(env, policy, devices))
+                model = search_distill.replicate(model, devices)
+                if episodes is None:
+                    episodes = timed(play, warm)(model, piece)
+                else:
+                    episodes = search_distill.keep_better(timed(play, warm), model, piece, episodes)
+                bar.update(len(piece))
+            pieces.append(episodes)
+        if not decisions:
+            policy, model = pairs[-1]
+            timed(players[id(policy)], True)(search_distill.replicate(model, devices), keys[:size])
+    return Episodes(*(np.concatenate(field) for field in zip(*pieces))), decisions / seconds
+
+
+def difference(returns: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:
+    """Mean of the paired difference over instances, and the ends of its 95 % interval."""
+    delta = (returns - first).astype(np.float64)
+    mean, half = delta.mean(), 1.96 * delta.std(ddof=1) / math.sqrt(len(delta))
+    return float(mean), float(mean - half), float(mean + half)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text, one line each."""
+    cells = [["", "policy", "utilisation", "filled", "items", "decisions/s", "difference from the first row"]]
+    for row in rows:
+        mean, low, high = row["difference"]
+        cells.append(
+            [
+                row["checkpoint"],
+                row["policy"],
+                f"{row['avg_return']:.4f} +- {row['avg_return_se']:.4f}",
+                f"{row['solved_rate']:.1%}",
+                f"{row['packed_items']:.2f}",
+                f"{row['decisions_per_second']:,.0f}",
+                f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if row is not rows[0] else "",
+            ]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+# ======================================================================================================================
+# Pictures
+# ======================================================================================================================
+
+
+def play_states(env: BinPack, policy: Policy, model: Any, key: jax.Array) -> list[State]:
+    """The states of one episode on the host, first to last: the same episode that `make_rollout` plays for the key."""
+    reset, start, act, step = _compiled(env, policy)
+    state, timestep = reset(jax.random.fold_in(key, MAX_DECISIONS))
+    memory = start(model, state, timestep.observation)
+    states = [jax.device_get(state)]
+    while search_distill.is_decision(timestep.observation):
+        t = len(states) - 1
+        action, _, memory = act(model, jax.random.fold_in(key, t), state, timestep.observation, memory)
+        state, timestep = step(state, action)
+        states.append(jax.device_get(state))
+    return states
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(env: BinPack, policy: Policy) -> tuple[Callable, ...]:
+    """reset, start, act and step as programs that serve every episode of a policy."""
+    step = functools.partial(search_distill.step_flat, env)
+    return tuple(map(jax.jit, (env.reset, policy.start, policy.act, step)))
+
+
+def utilisation(state: State) -> float:
+    """Share of the container's volume that is filled."""
+    volume = np.prod([np.asarray(x, np.float64) for x in state.items], 0)[np.asarray(state.items_placed)].sum()
+    box = jax.tree.map(float, state.container)
+    return float(volume / ((box.x2 - box.x1) * (box.y2 - box.y1) * (box.z2 - box.z1)))
+
+
+def draw_episodes(path: str, episodes: dict[str, list[State]]) -> None:
+    """Episodes on the same instance side by side, by title: a .gif of all steps or a .png of the last ones."""
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation
+
+    figure = plt.figure(figsize=(5.5 * len(episodes), 4.2), layout="constrained")
+    axes = [figure.add_subplot(1, len(episodes), i + 1, projection="3d") for i in range(len(episodes))]
+    colours = plt.get_cmap("tab20").colors
+
+    def draw(t: int) -> None:
+        for ax, (title, states) in zip(axes, episodes.items()):
+            ax.clear()
+            state = states[min(t, len(states) - 1)]
+            for i in np.flatnonzero(state.items_placed):
+                corner, size = ([float(x[i]) for x in lengths] for lengths in (state.items_location, state.items))
+                ax.bar3d(*corner, *size, color=colours[i % 20], edgecolor="black", linewidth=0.4, alpha=0.85)
+            box = jax.tree.map(float, state.container)
+            ax.set(xlim=(box.x1, box.x2), ylim=(box.y1, box.y2), zlim=(box.z1, box.z2), xticks=[], yticks=[], zticks=[])
+            ax.set_box_aspect((box.x2 - box.x1, box.y2 - box.y1, box.z2 - box.z1), zoom=1.1)
+            placed, items = int(state.items_placed.sum()), int(state.items_mask.sum())
+            ax.set_title(f"{title}\n{utilisation(state):.1%} of the volume, {placed} of {items} items", fontsize=9)
+
+    length = max(map(len, episodes.values()))
+    if path.endswith(".png"):
+        draw(length - 1)
+        figure.savefig(path, dpi=150)
+    else:
+        frames = [*range(length), *[length - 1] * 4]  # The result stays for a moment.
+        FuncAnimation(figure, draw, frames=frames, interval=400).save(path, writer="pillow", dpi=80)
+    plt.close(figure)
+
+
+def draw_curves(path: str, run_dirs: list[Path]) -> None:
+    """Greedy utilisation against decisions and against hours. Runs that differ in their last folder only (the seed)
+    are one line, their mean, with a band from the lowest to the highest."""
+    import matplotlib.pyplot as plt
+
+    groups = defaultdict(list)
+    for run_dir in dict.fromkeys(run_dirs):
+        log = run_dir / "metrics.jsonl"
+        try:
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{log}: expected the log of a run, got '{error}'; give the folder of a run") from None
+        rows = [row for row in rows if "eval/greedy/avg_return" in row and row["frames"] > 0]
+        if not rows:
+            raise UsageError(f"{log}: expected evaluations after the first iteration, got none; train for longer")
+        groups["/".join(run_dir.parts[-2:-1])].append(rows)
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for ax, key, label in zip(axes, ("frames", "hours"), ("decisions", "hours")):
+        for name, runs in groups.items():
+            grid = np.unique([row[key] for rows in runs for row in rows])
+            low, high = max(rows[0][key] for rows in runs), min(rows[-1][key] for rows in runs)
+            grid = grid[(grid >= low) & (grid <= high)]
+            lines = [
+                np.interp(grid, [r[key] for r in rows], [r["eval/greedy/avg_return"] for r in rows]) for rows in runs
+            ]
+            (line,) = ax.plot(grid, np.mean(lines, 0), label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+            ax.fill_between(grid, np.min(lines, 0), np.max(lines, 0), color=line.get_color(), alpha=0.2)
+        ax.set(xlabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="utilisation, network alone", xscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """-> (paths of checkpoints, overrides)."""
+    paths, overrides = [], []
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        if word.startswith("--"):
+            overrides += [word] + ([queue.pop(0)] if "=" not in word and queue else [])
+        elif "=" in word and not Path(word).exists():
+            overrides.append(word)
+        else:
+            paths.append(word)
+    return paths, overrides
+
+
+def evaluate(paths: list[str], config: Config) -> list[dict]:
+    """Does what the configuration asks for; returns the table's rows."""
+    checkpoints = [load_checkpoint(path) for path in paths]
+    wanting = [name for name in config.policy if name not in FLOORS]
+    if not checkpoints and (wanting or config.curves or not config.policy):
+        asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
+        raise UsageError(
+            f"{asked}: expected a checkpoint, got none; type python evaluate.py CHECKPOINT ..., or one of policy="
+            + ",".join(FLOORS)
+        )
+    if config.render and config.instance >= config.num_episodes:
+        raise UsageError(
+            f"instance={config.instance}: expected less than num_episodes={config.num_episodes}; type instance=0"
+        )
+    if config.render and not config.policy:
+        raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
+    env = search_distill.make_env()
+    keys = search_distill.evaluation_keys(config.seed, config.num_episodes)
+    plan = [(name, checkpoint) for name in config.policy for checkpoint in ([None] if name in FLOORS else checkpoints)]
+    rows, pictures = [], {}
+    for name, checkpoint in plan:
+        title = f"{checkpoint.name} {name}" if checkpoint else name
+        pairs = attempts(name, checkpoint, env, config)
+        episodes, speed = score(title, pairs, env, keys)
+        row = dict(
+            checkpoint=checkpoint.name if checkpoint else "",
+            policy=name,
+            path=str(checkpoint.path) if checkpoint else "",
+        )
+        row |= search_distill.summarise(episodes) | dict(decisions_per_second=speed)
+        row |= dict(returns=episodes.returns.tolist())
+        row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"] if rows else episodes.returns))
+        rows.append(row)
+        if config.render and len(pictures) < 2:
+            played = (play_states(env, policy, model, keys[config.instance]) for policy, model in pairs)
+            pictures[title] = max(played, key=lambda states: utilisation(states[-1]))
+    if rows:
+        print(table(rows))
+    if config.json:
+        settings = dict(command="python evaluate.py", checkpoints=paths) | config.model_dump(mode="json")
+        device = f"{len(jax.local_devices())} x {jax.local_devices()[0].device_kind}"
+        results = dict(settings, device=device, versions=search_distill.library_versions(), rows=rows)
+        Path(config.json).write_text(json.dumps(results, indent=1) + "\n")
+    if pictures:
+        draw_episodes(config.render, pictures)
+    if config.curves:
+        draw_curves(config.curves, [checkpoint.path.parent for checkpoint in checkpoints])
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """The command line: 0, or 2 with one line for a user's mistake."""
+    if {"-h", "--help"} & set(argv):
+        print(search_distill.help_text(__doc__, Config, {}))
+        return 0
+    try:
+        paths, overrides = split_words(argv)
+        config, _ = search_distill.parse_command_line(overrides, Config, {})
+        search_distill.use_compilation_cache(search_distill.Config().compilation_cache_dir)
+        evaluate(paths, config)
+        return 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "Agg")  # Pictures go to files.
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""evaluate.py: its figures are those of training, its floors those of obvious loops, its files what they say."""
+
+import functools
+import json
+import os
+import pickle
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import evaluate
+import train_ppo_binpack as ppo
+import train_search_distill_binpack as search_distill
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Small chunks, where a test plays few instances and needs no figure of a training run."""
+    monkeypatch.setattr(search_distill, "instances_at_a_time", lambda devices: 4 * len(devices))
+
+
+def run(tmp_path, *words) -> dict:
+    """The JSON of an evaluation on a few instances."""
+    path = tmp_path / "scores.json"
+    words = [str(word) for word in words]
+    small = [] if any(word.startswith("num_episodes=") for word in words) else ["num_episodes=8"]
+    assert evaluate.main([*words, *small, f"json={path}"]) == 0
+    return json.loads(path.read_text())
+
+
+def last_row(run_dir) -> dict:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_path, capsys):
+    """To the last digit, for both methods, by folder and by file."""
+    scores = run(tmp_path, search_run, ppo_run / "iter_000004.pkl")
+    assert [row["policy"] for row in scores["rows"]] == ["greedy", "greedy"]
+    for row, run_dir in zip(scores["rows"], (search_run, ppo_run), strict=True):
+        logged = last_row(run_dir)
+        for key in ("avg_return", "avg_return_se", "solved_rate", "packed_items"):
+            assert row[key] == logged[f"eval/greedy/{key}"], key
+        assert len(row["returns"]) == 8 and np.mean(row["returns"]) == pytest.approx(row["avg_return"], abs=1e-6)
+        assert row["decisions_per_second"] > 0
+    table = capsys.readouterr().out
+    assert "nsim_2/seed_0/4" in table and "ppo/seed_0/4" in table and table.count("\n") == 3
+    delta = np.array(scores["rows"][1]["returns"]) - np.array(scores["rows"][0]["returns"])
+    half = 1.96 * delta.std(ddof=1) / 8**0.5
+    np.testing.assert_allclose(
+        scores["rows"][1]["difference"], [delta.mean(), delta.mean() - half, delta.mean() + half], atol=1e-6
+    )
+
+
+def test_attempts_only_add_to_greedy_play_and_search_plays_what_mctx_finds(few_at_a_time, search_run, tmp_path):
+    words = ("policy=greedy,search,best_of_n,sample", "n=3", "num_simulations=4")
+    greedy, search, best, sample = (np.array(row["returns"]) for row in run(tmp_path, search_run, *words)["rows"])
+    assert (search >= greedy).all() and (best >= greedy).all() and (best >= sample).all()
+    assert search.mean() > greedy.mean() + 0.02 and best.mean() > greedy.mean()
+    assert (sample != greedy).any()
+
+
+def test_search_works_on_a_checkpoint_of_ppo(few_at_a_time, ppo_run, tmp_path):
+    words = ("policy=[greedy,search]", "num_simulations=2", "num_episodes=4")
+    greedy, search = run(tmp_path, ppo_run, *words)["rows"]
+    assert search["avg_return"] > greedy["avg_return"]
+
+
+def rule(observation) -> tuple[int, int]:
+    """Largest item first, for it the smallest space that holds it, by plain loops."""
+    volume = [float(x * y * z) for x, y, z in zip(*map(np.asarray, observation.items))]
+    ems = jax.tree.map(np.asarray, observation.ems)
+    space = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
+    pairs = [tuple(pair) for pair in np.argwhere(np.asarray(observation.action_mask))]
+    return min(pairs, key=lambda pair: (-volume[pair[1]], space[pair[0]], pair[0] * len(volume) + pair[1]))
+
+
+def test_floors_need_no_checkpoint_and_equal_plain_loops(few_at_a_time, env, tmp_path):
+    scores = run(tmp_path, "policy=largest_first,random,lookahead", "num_episodes=3")
+    largest, _, lookahead = (row["returns"] for row in scores["rows"])
+    step = jax.jit(env.step)
+
+    def play(state, timestep, total=0.0):
+        while timestep.observation.action_mask.any():
+            state, timestep = step(state, jnp.array(rule(timestep.observation)))
+            total += float(timestep.reward)
+        return total
+
+    for key, returns in zip(search_distill.evaluation_keys(1_000_000, 3), largest, strict=True):
+        start = jax.jit(env.reset)(jax.random.fold_in(key, search_distill.MAX_DECISIONS))
+        assert play(*start) == pytest.approx(returns, abs=1e-5)
+    assert np.mean(lookahead) >= np.mean(largest)
+    assert all(a >= b - 1e-6 for a, b in zip(lookahead, largest))
+
+
+def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(env, played):
+    states, observations = played
+    act = jax.jit(evaluate.make_lookahead_policy(env).act)
+    step = jax.jit(functools.partial(search_distill.step_flat, env))
+    differs = 0
+    for b in range(4):
+        state, observation = jax.tree.map(lambda x, b=b: x[b, 3], (states, observations))
+        order = np.asarray(evaluate.largest_first(observation))
+        legal = np.asarray(search_distill.legal_actions(observation))
+        assert legal[order[: legal.sum()]].all() and divmod(int(order[0]), 20) == rule(observation)
+        outcomes = []
+        for action in [a for a in order[:16] if legal[a]]:
+            after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
+            total = float(timestep.reward)
+            while timestep.observation.action_mask.any():
+                after, timestep = step(after, jnp.int32(evaluate.largest_first(timestep.observation)[0]))
+                total += float(timestep.reward)
+            outcomes.append(total)
+        action = int(act((), None, state, observation, ())[0])
+        assert outcomes[order.tolist().index(action)] == pytest.approx(max(outcomes), abs=1e-5)
+        differs += action != order[0]
+    assert differs > 0
+
+
+def test_pictures_of_one_instance_and_curves(search_run, ppo_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    gif, png, curves = tmp_path / "episode.gif", tmp_path / "episode.png", tmp_path / "curves.png"
+    run(tmp_path, search_run, ppo_run, f"render={gif}", "instance=3", f"curves={curves}")
+    run(tmp_path, search_run, f"render={png}")
+    with Image.open(gif) as image:
+        assert image.n_frames > 8 and image.width > 1.8 * image.height
+    for path in (png, curves):
+        with Image.open(path) as image:
+            assert image.format == "PNG" and len(set(image.convert("L").get_flattened_data())) > 20
+
+
+def test_rendered_episode_is_the_scored_one(search_run, env, tmp_path):
+    scores = run(tmp_path, search_run)
+    checkpoint = evaluate.load_checkpoint(search_run)
+    key = search_distill.evaluation_keys(1_000_000, 8)[3]
+    policy = search_distill.make_greedy_policy(checkpoint.network)
+    states = evaluate.play_states(env, policy, checkpoint.model, key)
+    assert evaluate.utilisation(states[-1]) == pytest.approx(scores["rows"][0]["returns"][3], abs=1e-5)
+    assert [int(state.items_placed.sum()) for state in states] == list(range(len(states)))
+
+
+def test_a_loaded_checkpoint_applies_acts_and_plays(search_run, ppo_run, played, apply):
+    observations = jax.tree.map(lambda x: x[:5, 2], played[1])
+    for run_dir, method in ((search_run, "search_distill"), (ppo_run, "ppo")):
+        checkpoint = evaluate.load_checkpoint(str(run_dir))
+        assert (checkpoint.method, checkpoint.iteration, checkpoint.config.rollout_batch_size) == (method, 4, 8)
+        logits, value = checkpoint.apply(observations)
+        expected = apply(checkpoint.model, observations)
+        np.testing.assert_array_equal(logits, expected[0])
+        assert value.shape == (5,) and logits.shape == (5, 800)
+        actions = checkpoint.act(observations)
+        assert actions.shape == (5, 2)
+        assert all(observations.action_mask[i][tuple(action)] for i, action in enumerate(actions))
+        states = checkpoint.play(seed=3)
+        assert len(states) > 5 and not states[0].items_placed.any() and states[-1].items_placed.sum() == len(states) - 1
+        animation = checkpoint.env.animate(states)
+        animation._draw_was_started = True  # It is made, and not shown.
+
+
+class Attack:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("kind", ["shell", "nested", "numpy"])
+def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(kind, tmp_path, search_run, capsys):
+    marker, path = tmp_path / "marker", tmp_path / "iter_000001.pkl"
+    attack = {
+        "shell": lambda: Attack(os.system, f"touch {marker}"),
+        "nested": lambda: np.array([{"x": Attack(os.system, f"touch {marker}")}], dtype=object),
+        "numpy": lambda: Attack(np.save, str(marker), np.zeros(1)),
+    }[kind]()
+    contents = pickle.loads((search_run / "iter_000004.pkl").read_bytes())
+    path.write_bytes(pickle.dumps(contents | {"model": attack}))
+    with pytest.raises(search_distill.UsageError, match="only numpy arrays are allowed"):
+        evaluate.load_checkpoint(path)
+    assert evaluate.main([str(path)]) == 2
+    out, err = capsys.readouterr()
+    asked = {"shell": "posix.system", "nested": "posix.system", "numpy": "numpy.save"}[kind]
+    assert out == "" and err.count("\n") == 1 and str(path) in err and asked in err
+    assert not list(tmp_path.glob("marker*"))
+    pickle.loads(path.read_bytes())
+    assert list(tmp_path.glob("marker*"))  # The attack is real: an ordinary reader runs it.
+
+
+@pytest.mark.parametrize("kind", ["method", "environment", "newer", "truncated", "text", "leaves", "names", "config"])
+def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_run, tmp_path, capsys):
+    good, path = search_run / "iter_000004.pkl", tmp_path / "bad.pkl"
+    contents = pickle.loads(good.read_bytes())
+    params, state = contents["model"]
+    config, first = contents["config"], next(iter(params))
+    data, expected = {
+        "method": (contents | {"method": "dreamer"}, "expected a checkpoint of search_distill or ppo"),
+        "environment": (
+            contents | {"config": config | {"env_id": "Snake-v1"}},
+            "env_id: expected 'BinPack-v2'",
+        ),
+        "newer": (contents | {"format_version": 99}, "expected format_version=1, got 99"),
+        "truncated": (good.read_bytes()[:-100], "not a checkpoint that can be read"),
+        "text": (b"hello", "not a checkpoint that can be read"),
+        "leaves": (contents | {"config": config | {"pair_units": 9}}, "do not belong together"),
+        "names": (contents | {"model": ({**params, first: {"x": 1}}, state)}, "do not belong together"),
+        "config": (contents | {"config": config | {"colour": "red"}}, "colour: Extra inputs are not permitted"),
+    }[kind]
+    path.write_bytes(data if isinstance(data, bytes) else pickle.dumps(data))
+    assert evaluate.main([str(path), f"json={tmp_path / 'scores.json'}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(path) in err and expected in err
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "expected a checkpoint, got none; type python evaluate.py CHECKPOINT"),
+        (["nowhere.pkl"], "nowhere.pkl: expected a checkpoint file"),
+        (["."], "expected a run's folder with an iter_*.pkl"),
+        (["policy=random,best_of_n"], "policy=best_of_n: expected a checkpoint"),
+        (["policy=wild"], "expected 'greedy', 'sample', 'search'"),
+        (["polic=random"], "did you mean 'policy'"),
+        (["policy=random", "num_episodes=1"], "greater than or equal to 2"),
+        (["policy=random", "render=a.mp4"], "ends in .gif or .png"),
+        (["policy=random", "json=no/where.json"], "folder that exists"),
+        (["policy=random", "render=a.png", "instance=2000"], "type instance=0"),
+        (["policy=random", "preset=cpu"], "unknown key 'preset'"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_status_2_and_writes_nothing(words, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and expected in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_without_evaluations_is_refused(search_run, tmp_path, capsys):
+    shutil.copy(search_run / "iter_000004.pkl", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "frames": 10, "hours": 0.1}\n')
+    assert evaluate.main([str(tmp_path), "policy=[]", f"curves={tmp_path / 'curves.png'}"]) == 2
+    assert "expected evaluations after the first iteration" in capsys.readouterr().err
+
+
+def test_help_lists_every_key(capsys):
+    assert evaluate.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {key} " in text for key in evaluate.Config.model_fields) and "Presets" not in text
+    assert (ROOT / "evaluate.py").exists() and ppo.METHOD in evaluate.METHODS

@@ -1,0 +1,240 @@
+"""PPO: its estimators against plain loops, its iteration on several devices, and that it learns."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL, SMALL_SEARCH, flat_vector
+
+import train_ppo_binpack as ppo
+import train_search_distill_binpack as search_distill
+
+RNG = np.random.default_rng(0)
+OLD, NEW = np.log(RNG.uniform(0.01, 1.0, 200)), np.log(RNG.uniform(0.01, 1.0, 200))
+ADVANTAGE = RNG.normal(size=200)
+
+
+@pytest.fixture(scope="module")
+def ppo_config():
+    return ppo.Config(**{key: value for key, value in SMALL.items() if key not in SMALL_SEARCH})
+
+
+def test_twin_sections_are_the_same_in_both_scripts():
+    sources = [Path(script.__file__).read_text() for script in (ppo, search_distill)]
+    twins = [_sections(source, twin=True) for source in sources]
+    assert twins[0] == twins[1] and len(twins[0]) == 10
+    assert all(body.count("\n") > 20 for body in twins[0].values())
+
+
+def _sections(source: str, twin: bool) -> dict[str, str]:
+    bar = "# " + "=" * 118 + "\n"
+    pieces = source.split(bar)
+    titled = zip(pieces[1::2], pieces[2::2], strict=True)
+    return {title: body for title, body in titled if ("twin section" in title) == twin}
+
+
+@pytest.mark.parametrize("discount, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
+def test_advantages_equal_a_plain_loop(discount, gae_lambda):
+    """A_t as the sum over k of (discount * lambda)^k times the k-th next one-step error, episodes of unequal length."""
+    reward, value = RNG.random((6, 19)).astype(np.float32), RNG.random((6, 19)).astype(np.float32)
+    lengths = [19, 18, 7, 1, 12, 19]
+    for b, length in enumerate(lengths):
+        reward[b, length:] = value[b, length:] = 0.0
+    expected = np.zeros((6, 19))
+    for b, length in enumerate(lengths):
+        for t in range(length):
+            for k in range(length - t):
+                after = value[b, t + k + 1] if t + k + 1 < length else 0.0
+                error = reward[b, t + k] + discount * after - value[b, t + k]
+                expected[b, t] += (discount * gae_lambda) ** k * error
+    found = ppo.generalised_advantages(jnp.array(reward), jnp.array(value), discount, gae_lambda)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_lambda_1_the_value_target_is_the_monte_carlo_return():
+    reward, value = RNG.random((4, 19)).astype(np.float32), RNG.random((4, 19)).astype(np.float32)
+    target = ppo.generalised_advantages(jnp.array(reward), jnp.array(value), 0.9, 1.0) + value
+    np.testing.assert_allclose(target, search_distill.discounted_returns(jnp.array(reward), 0.9), rtol=1e-4)
+
+
+def test_clipped_surrogate_equals_a_plain_loop(ppo_config):
+    expected = []
+    for old, new, advantage in zip(OLD, NEW, ADVANTAGE):
+        ratio = math.exp(new) / math.exp(old)
+        limited = max(0.8, min(1.2, ratio))
+        expected.append(-min(ratio * advantage, limited * advantage))
+    found = ppo.policy_loss(ppo_config, jnp.array(NEW), jnp.array(OLD), jnp.array(ADVANTAGE))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_cispo_and_its_gradient_equal_a_plain_loop(ppo_config):
+    """The weight is capped and takes no part in the gradient, and no action loses its gradient."""
+    config = ppo_config.model_copy(update=dict(loss="cispo"))
+    weight = [min(math.exp(new) / math.exp(old), 5.0) for old, new in zip(OLD, NEW)]
+    assert 10 < sum(w == 5.0 for w in weight) < 190
+    expected = [-w * a * new for w, a, new in zip(weight, ADVANTAGE, NEW)]
+    loss = lambda new: ppo.policy_loss(config, new, jnp.array(OLD), jnp.array(ADVANTAGE))
+    np.testing.assert_allclose(loss(jnp.array(NEW)), expected, rtol=1e-4)
+    gradient = jax.grad(lambda new: loss(new).sum())(jnp.array(NEW, jnp.float32))
+    np.testing.assert_allclose(gradient, [-w * a for w, a in zip(weight, ADVANTAGE)], rtol=1e-4)
+
+
+def test_value_loss_equals_a_plain_loop(ppo_config):
+    value, old, returns = RNG.random((3, 200))
+    expected = []
+    for v, o, r in zip(value, old, returns):
+        near = max(o - 0.2, min(o + 0.2, v))
+        expected.append(max((v - r) ** 2, (near - r) ** 2))
+    found = ppo.value_loss(ppo_config, jnp.array(value), jnp.array(old), jnp.array(returns))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_approximate_kl_is_unbiased_never_negative_and_less_noisy_than_the_log_ratio():
+    """Against the exact KL divergence of two distributions over 50 actions."""
+    old, new = (np.log(p / p.sum()) for p in np.exp(0.3 * RNG.normal(size=(2, 50))))
+    exact = sum(math.exp(o) * (o - n) for o, n in zip(old, new))
+    actions = RNG.choice(50, size=200_000, p=np.exp(old))
+    estimates = np.asarray(ppo.approximate_kl(jnp.array(new[actions]), jnp.array(old[actions])))
+    loop = [math.exp(new[a] - old[a]) - 1 - (new[a] - old[a]) for a in actions[:500]]
+    np.testing.assert_allclose(estimates[:500], loop, rtol=1e-3, atol=1e-6)
+    assert estimates.min() >= 0.0 and abs(estimates.mean() - exact) < 0.02 * exact
+    assert estimates.std() < 0.5 * (old[actions] - new[actions]).std()
+
+
+def test_entropy_counts_legal_actions_only():
+    logits = np.full((3, 800), ppo.MASKED, np.float32)
+    logits[0, :4] = 1.0
+    logits[1, [5, 700]] = np.log([0.25, 0.75])
+    logits[2, 9] = 3.0
+    expected = [math.log(4), -0.25 * math.log(0.25) - 0.75 * math.log(0.75), 0.0]
+    np.testing.assert_allclose(ppo.entropy(jnp.array(logits)), expected, atol=1e-5)
+    gradient = jax.grad(lambda x: ppo.entropy(x).sum())(jnp.array(logits))
+    assert np.isfinite(gradient).all()
+
+
+def test_normalised_advantages_have_mean_0_and_deviation_1_over_real_rows():
+    x, mask = RNG.normal(3.0, 7.0, 500).astype(np.float32), RNG.random(500) < 0.7
+    x[~mask] = 1e6
+    real = np.asarray(ppo.normalise(jnp.array(x), jnp.array(mask)))[mask]
+    np.testing.assert_allclose([real.mean(), real.std()], [0.0, 1.0], atol=1e-4)
+    np.testing.assert_allclose(real, (x[mask] - x[mask].mean()) / x[mask].std(), atol=1e-4)
+
+
+def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
+    """Over the real rows of a batch with padding, seen under the identity permutation."""
+    observations = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:60], played[1])
+    legal, mask = np.asarray(ppo.legal_actions(observations)), np.asarray(ppo.is_decision(observations))
+    assert 10 < mask.sum() < 60
+    actions = np.array([RNG.choice(np.flatnonzero(row)) for row in legal], np.int32)
+    old_log_prob, old_value, advantage, returns = RNG.normal(size=(4, 60)).astype(np.float32)
+    zeros = jnp.zeros(60, jnp.int32)
+    decision = ppo.Decision(jnp.array(actions), jnp.array(old_log_prob - 3.0), jnp.array(old_value), zeros)
+    samples = ppo.Samples(observations, decision, jnp.array(advantage), jnp.array(returns), jnp.array(mask))
+    loss, metrics = jax.jit(ppo.make_loss(network, ppo_config))(model.params, model.state, samples, mask.sum())
+
+    logits, value = (np.asarray(x, np.float64) for x in apply(model, observations))
+    expected = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)
+    for i in np.flatnonzero(mask):
+        probs = np.exp(logits[i][legal[i]] - logits[i].max())
+        probs /= probs.sum()
+        log_prob = math.log(probs[np.flatnonzero(legal[i]).tolist().index(actions[i])])
+        log_ratio = log_prob - (old_log_prob[i] - 3.0)
+        ratio = math.exp(log_ratio)
+        expected["policy_loss"] -= min(ratio * advantage[i], max(0.8, min(1.2, ratio)) * advantage[i])
+        near = max(old_value[i] - 0.2, min(old_value[i] + 0.2, value[i]))
+        expected["value_loss"] += max((value[i] - returns[i]) ** 2, (near - returns[i]) ** 2)
+        expected["entropy"] -= sum(p * math.log(p) for p in probs)
+        expected["approx_kl"] += ratio - 1 - log_ratio
+        expected["clip_fraction"] += abs(ratio - 1) > 0.2
+    expected = {name: x / mask.sum() for name, x in expected.items()}
+    for name, x in expected.items():
+        assert float(metrics[name]) == pytest.approx(x, rel=2e-4), name
+    total = expected["policy_loss"] + 0.5 * expected["value_loss"] - 0.01 * expected["entropy"]
+    assert float(loss) == pytest.approx(total, rel=2e-4)
+
+
+def iterate_on(env, network, config, num_devices: int, iterations: int):
+    devices = jax.local_devices()[:num_devices]
+    state = ppo.replicate(ppo.init_train_state(env, network, config), devices)
+    iterate = ppo.make_train_iteration(env, network, config, num_devices)
+    iterate = jax.pmap(iterate, axis_name=ppo.DEVICES, devices=devices)
+    states, metrics = [], []
+    for _ in range(iterations):
+        state, row = iterate(state)
+        states.append(ppo.host_copy(state))
+        metrics.append(ppo.host_copy(row))
+    return states, metrics
+
+
+def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(env, network, ppo_config):
+    """Parameters may differ by a step of Adam where a gradient is 0 but for rounding, and so is its sign."""
+    ((one,), (metrics,)), *others = (iterate_on(env, network, ppo_config, count, 1) for count in (1, 2, 4))
+    moments = lambda state: flat_vector(state.opt_state[1].mu)  # A weighted sum of the clipped gradients.
+    for (state,), (row,) in others:
+        np.testing.assert_allclose(moments(state), moments(one), rtol=1e-3, atol=1e-4)
+        difference = np.abs(flat_vector(state.params) - flat_vector(one.params))
+        assert difference.max() < 4e-3 and np.mean(difference > 1e-4) < 0.01
+        assert row.keys() == metrics.keys()
+        for key in row:
+            assert row[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-5), key
+
+
+def test_the_first_ratio_is_1_under_the_view_that_the_action_was_drawn_from(env, network, ppo_config):
+    """With steps that change nothing, the new probabilities of an iteration's actions are the old ones."""
+    still = ppo_config.model_copy(update=dict(learning_rate=1e-12))
+    _, (row,) = iterate_on(env, network, still, 1, 1)
+    assert row["train/clip_fraction"] == 0.0 and 0.0 <= row["train/approx_kl"] < 1e-8
+
+
+def test_learning_raises_the_return_and_explains_the_value(env, network, ppo_config):
+    changes = dict(rollout_batch_size=64, training_batch_size=128, learning_rate=3e-3)
+    _, rows = iterate_on(env, network, ppo_config.model_copy(update=changes), 1, 20)
+    first, last = (np.mean([row["rollout/avg_return"] for row in part]) for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.04
+    assert rows[-1]["train/entropy"] < rows[0]["train/entropy"]
+    assert rows[-1]["train/explained_variance"] > 0.5
+
+
+def test_a_run_logs_what_the_other_method_logs_and_what_is_its_own(ppo_run, search_run):
+    mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (ppo_run, search_run))
+    own = {"train/entropy", "train/approx_kl", "train/clip_fraction", "train/explained_variance"}
+    searched = {"train/target_entropy", "train/target_kl"}
+    assert mine[4].keys() - own == theirs[4].keys() - searched and own <= mine[4].keys()
+    assert all(np.isfinite(value) for row in mine for value in row.values())
+    assert ppo_run.parts[-3:] == ("BinPack-v2", "ppo", "seed_0")
+    assert ppo.find_checkpoints(ppo_run)[-1].name == "iter_000004.pkl"
+
+
+def test_two_iterations_and_two_more_equal_four(ppo_run, tmp_path, one_device, ppo_words):
+    for words in (["max_num_iters=2", "learning_rate_decay_iters=4"], ["resume=auto", "learning_rate_decay_iters=4"]):
+        assert ppo.main([*ppo_words(*words), f"save_dir={tmp_path}"]) == 0
+    files = [ppo_run / "iter_000004.pkl", tmp_path / "BinPack-v2" / "ppo" / "seed_0" / "iter_000004.pkl"]
+    undisturbed, resumed = (ppo.read_checkpoint(file) for file in files)
+    for key in ("model", "opt_state", "iteration", "frames"):
+        leaves = zip(jax.tree.leaves(undisturbed[key]), jax.tree.leaves(resumed[key]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in leaves), key
+
+
+def test_a_checkpoint_of_search_distillation_is_refused(search_run, tmp_path, capsys, ppo_words):
+    path = search_run / "iter_000004.pkl"
+    assert ppo.main([*ppo_words(f"resume={path}"), f"save_dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}: expected method=ppo, got search_distill; give a checkpoint that has it\n"
+    )
+
+
+def test_defaults_are_those_of_the_full_run():
+    expected = dict(
+        num_epochs=4, clip_eps=0.2, gae_lambda=0.95, entropy_coef=0.01, value_coef=0.5, value_clip_eps=0.2,
+        learning_rate=3e-4, max_grad_norm=1.0, rollout_batch_size=1024, training_batch_size=4096, max_num_iters=800,
+        loss="ppo", epsilon_high=5.0,
+    )  # fmt: skip
+    config = ppo.Config()
+    assert {key: getattr(config, key) for key in expected} == expected
+    shared = set(ppo.RunConfig.model_fields) - {"learning_rate", "num_epochs"}
+    other = search_distill.Config()
+    assert {key: getattr(config, key) for key in shared} == {key: getattr(other, key) for key in shared}

@@ -1,0 +1,1378 @@
+"""PPO on 3D bin packing: the policy-gradient baseline on Jumanji's BinPack-v2.
+
+Every iteration, on the devices and inside one `pmap`:
+
+1. collect    A batch of episodes is played with actions drawn from the policy network.
+2. advantage  Generalised advantage estimates, normalised over all decisions of the iteration.
+3. learn      Several epochs of minibatches on the clipped surrogate (or CISPO's), a clipped value loss and an
+              entropy bonus.
+
+The environment, the network, the symmetry and the budget are those of search distillation
+(`train_search_distill_binpack.py`), so that what differs between the two is the search.
+
+Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
+D model width, H attention heads, M minibatch.
+
+    python train_ppo_binpack.py preset=cpu               # two CPU cores
+    python train_ppo_binpack.py                          # an accelerator
+    python train_ppo_binpack.py --loss cispo --seed 42 learning_rate=1e-4
+    python train_ppo_binpack.py --help                   # every key, its default and its meaning
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+import wandb
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from jumanji.environments import BinPack
+    from jumanji.environments.packing.bin_pack.types import EMS, Observation, State
+    from jumanji.types import TimeStep
+
+METHOD = "ppo"
+
+
+# ======================================================================================================================
+# Configuration of a run (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+DEVICES = "devices"  # The pmapped axis.
+MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
+NUM_ACTIONS = 800
+
+
+class RunConfig(BaseModel):
+    """The keys that both training scripts have: type, limits, default and meaning stand here and nowhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # The run.
+    env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
+    seed: Seed = Field(0, description="seed of parameters, instances, search noise and shuffling")
+    max_num_iters: Count = Field(800, description="iterations of collecting and learning")
+    rollout_batch_size: Count = Field(1024, description="episodes an iteration, over all devices")
+    discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="discount of rewards")
+    # Learning.
+    training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
+    num_epochs: Count = Field(1, description="passes over an iteration's decisions, in whole minibatches")
+    learning_rate: Positive = Field(1e-3, description="step size of Adam")
+    learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
+    max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
+    permute_axes: bool = Field(True, description="learn each sample under a random permutation of the axes, a symmetry")
+    # Network.
+    num_transformer_layers: Count = Field(4, description="transformer layers")
+    transformer_num_heads: Count = Field(4, description="attention heads H")
+    transformer_key_size: Count = Field(32, description="size of a head; the model width D is heads x key size")
+    transformer_mlp_units: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (256, 256), description="hidden units of a layer's MLP"
+    )
+    pair_units: Count = Field(32, description="units of the per-pair layer in the policy head")
+    # Evaluation, log and files.
+    eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
+    eval_batch_size: Annotated[int, Field(ge=2)] = Field(1024, description="evaluation instances")
+    eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
+    save_dir: Folder = Field("./checkpoints", description="folder of all runs")
+    save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
+    resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        "", description="'auto' (this run's newest checkpoint, if any) or the path of a checkpoint"
+    )
+    overwrite: bool = Field(False, description="delete this run's earlier checkpoints and log, and start again")
+    wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
+    compilation_cache_dir: str = Field(
+        "~/.cache/search-distill-binpack", description="folder for compiled programs (empty: no cache)"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info) -> Any:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(x, bool) for x in entries):
+            raise ValueError("expected a value that is not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Self:
+        if self.training_batch_size > self.rollout_batch_size * MAX_DECISIONS:
+            raise ValueError(
+                f"training_batch_size={self.training_batch_size}: expected at most {MAX_DECISIONS} x rollout_batch_size"
+                f" = {self.rollout_batch_size * MAX_DECISIONS}, the decisions of one iteration; use"
+                f" training_batch_size={self.rollout_batch_size} or a larger rollout_batch_size"
+            )
+        if 0 < self.learning_rate_decay_iters < self.max_num_iters:
+            raise ValueError(
+                f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
+                f" = {self.max_num_iters}, since nothing is learned at rate 0; type"
+                f" learning_rate_decay_iters={self.max_num_iters}"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite=true exclude each other; drop one of them")
+        return self
+
+
+# ======================================================================================================================
+# Configuration of PPO
+# ======================================================================================================================
+
+
+class Config(RunConfig):
+    """Every key of a run: those of `RunConfig` and those of PPO."""
+
+    num_epochs: Count = Field(4, description="passes over an iteration's decisions, in whole minibatches")
+    learning_rate: Positive = Field(3e-4, description="step size of Adam")
+    loss: Literal["ppo", "cispo"] = Field(
+        "ppo", description="clipped surrogate, or log-probabilities under capped importance weights"
+    )
+    clip_eps: Positive = Field(0.2, description="the surrogate's ratio is clipped to 1 +- this (loss=ppo)")
+    epsilon_high: Positive = Field(5.0, description="cap of the importance weights (loss=cispo)")
+    gae_lambda: Fraction = Field(0.95, description="lambda of generalised advantage estimation")
+    entropy_coef: NotNegative = Field(0.01, description="weight of the entropy bonus")
+    value_coef: NotNegative = Field(0.5, description="weight of the value loss")
+    value_clip_eps: Positive = Field(0.2, description="a value may move by this from the one that was acted with")
+
+    def run_dir(self) -> Path:
+        return Path(self.save_dir) / self.env_id / METHOD / f"seed_{self.seed}"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "cpu": dict(
+        max_num_iters=150,
+        rollout_batch_size=256,
+        training_batch_size=512,
+        num_epochs=4,
+        learning_rate=2e-3,
+        learning_rate_decay_iters=150,
+        entropy_coef=0.003,
+        num_transformer_layers=1,
+        transformer_num_heads=4,
+        transformer_key_size=16,
+        transformer_mlp_units=(128,),
+        eval_interval=10,
+        save_interval=10,
+    ),
+}
+
+
+# ======================================================================================================================
+# Command line (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+class UsageError(Exception):
+    """A mistake of the user: one line that says what was expected, what came and what to type instead."""
+
+
+def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: dict[str, dict]) -> tuple[Any, str]:
+    """Parses `key=value`, `--key value`, `--key=value` and `--some-key value` into (config, preset name).
+
+    Values follow YAML's grammar (OmegaConf). Raises `UsageError` for anything that does not fit.
+    """
+    fields = config_class.model_fields
+    known = ["preset", *fields] if presets else [*fields]
+    overrides: dict[str, str] = {}
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        key, equals, raw = word.partition("=")
+        if key.startswith("--"):
+            key = key[2:].replace("-", "_")
+            is_switch = key in fields and fields[key].annotation is bool
+            if not equals and is_switch and (not queue or queue[0].lower() not in ("true", "false")):
+                raw = "true"
+            elif not equals:
+                if not queue:
+                    raise UsageError(f"{word}: expected a value after it, but the line ends; type {word} VALUE")
+                raw = queue.pop(0)
+        elif not equals:
+            raise UsageError(f"expected key=value or --key value, got '{word}'; --help lists the keys")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
+            raise UsageError(f"unknown key '{key}'; {hint}")
+        if key in overrides:
+            raise UsageError(f"{key} is given twice, as {overrides[key]!r} and {raw!r}; keep one of them")
+        overrides[key] = raw
+
+    preset = overrides.pop("preset", "full")
+    if presets and preset not in presets:
+        raise UsageError(f"preset={preset}: expected one of {', '.join(presets)}; type preset=cpu")
+    values = presets.get(preset, {}) | {
+        key: _parse_value(key, raw, fields[key].annotation) for key, raw in overrides.items()
+    }
+    try:
+        return config_class(**values), preset
+    except ValidationError as error:
+        raise UsageError(_one_line(error, fields, overrides)) from None
+
+
+def _parse_value(key: str, raw: str, annotation: Any) -> Any:
+    """One value in YAML's grammar; text stays as typed, integers are decimal, and (1,2) is a list too."""
+    if annotation is str or re.fullmatch(r"[+-]?\d+", raw):
+        return raw
+    if re.fullmatch(r"\(.*\)", raw):
+        raw = f"[{raw[1:-1].rstrip(',')}]"
+    try:
+        value = OmegaConf.from_dotlist([f"{key}={raw}"])[key]
+    except Exception:  # YAML and OmegaConf raise errors of many classes for text that they cannot read.
+        return raw
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _one_line(error: ValidationError, fields: dict, overrides: dict[str, str]) -> str:
+    """The first problem that pydantic found, in words that say what to type."""
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should be", "expected").split(", unable to parse")[0]
+    if not first["loc"]:
+        return reason
+    key = first["loc"][0]
+    return f"{key}={overrides.get(key)}: {reason}; for example {key}={_as_typed(fields[key].default)}"
+
+
+def _as_typed(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(map(_as_typed, value)) + "]"
+    return str(value)
+
+
+def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict]) -> str:
+    """The script's docstring, every key with type, default and meaning, and the presets."""
+    lines = [doc.strip(), "", "Keys, as key=value or --key value (type, default, meaning):", ""]
+    for key, field in config_class.model_fields.items():
+        kind = getattr(field.annotation, "__name__", "choice")
+        if kind == "Literal" or kind == "choice":
+            kind = "|".join(map(str, get_args(field.annotation)))
+        default = _as_typed(field.default) or "''"
+        lines.append(f"  {key:28} {kind:18} {default:32} {field.description}")
+    if presets:
+        lines += ["", "Presets, as preset=NAME; single keys still override them:", ""]
+    for name, values in presets.items():
+        words = " ".join(f"{key}={_as_typed(value)}" for key, value in values.items())
+        lines.append(f"  {name:6} {words or 'the defaults above'}")
+    return "\n".join(lines)
+
+
+# ======================================================================================================================
+# Environment (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+def make_env() -> BinPack:
+    """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
+    # Imported here and not at the top: Jumanji creates arrays when it is imported, which starts JAX's devices.
+    from jumanji.environments import BinPack
+
+    class FastBinPack(BinPack):
+        def _update_ems(self, state: State, item_id: jax.Array) -> State:
+            state.ems, state.ems_mask = update_ems(state, item_id)
+            return state
+
+    return FastBinPack()
+
+
+def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, TimeStep]:
+    """`env.step` with a flat action `ems * I + item`, int32 []. A state without legal actions absorbs any action: it
+    stays as it is and the reward is 0."""
+    return env.step(state, jnp.stack(jnp.divmod(action, env.generator.max_num_items)))
+
+
+def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
+    """EMSs and their mask after an item was placed: Jumanji's `_update_ems`, slot for slot.
+
+    Jumanji adds the pieces of cut EMSs one by one, in 240 dependent steps. Which pieces survive has a closed form,
+    because inclusion is transitive and pieces cut in different directions never contain each other.
+    """
+    lower = jnp.stack([state.ems.x1, state.ems.y1, state.ems.z1])  # [3, E], as all [3, E] below: axis, slot.
+    upper = jnp.stack([state.ems.x2, state.ems.y2, state.ems.z2])
+    location = jnp.stack([axis[item_id] for axis in state.items_location])
+    item = jnp.stack([location, location + jnp.stack([axis[item_id] for axis in state.items])], 1)  # [3, 2]
+    num_ems = lower.shape[1]
+
+    overlaps = (jnp.maximum(lower, item[:, :1]) < jnp.minimum(upper, item[:, 1:])).all(0)
+    hit = state.ems_mask & overlaps
+    kept = state.ems_mask & ~overlaps
+
+    # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
+    # Sets of EMSs are bit masks, [..., W] words, which makes the 40 x 40 comparisons cheap to combine:
+    # inside[f, j] holds the EMSs k that j does not reach out of on side f, around[f, j] those that j surrounds.
+    sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
+    inside = _pack_bits(sides[:, :, None] >= sides[:, None, :])  # [6, E, W]
+    around = _pack_bits(sides[:, :, None] <= sides[:, None, :])
+    moved = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
+    inside, around = (_and_of_others(x)[moved] for x in (inside, around))
+
+    plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # A candidate lies below it, in sides' signs.
+    candidate = hit & (sides < plane)  # [6, E], not empty
+    candidates = _pack_bits(candidate)[:, None]  # [6, 1, W]
+    kept_around = _pack_bits(kept & (plane <= -sides[moved]))[:, None]  # Reach as far as the plane.
+    earlier = _pack_bits(np.tri(num_ems, k=-1, dtype=bool))  # [E, W]
+    first = _pack_bits(np.arange(num_ems) == 0)  # [W]
+
+    candidate &= ~(inside & ~around & candidates).any(-1)  # Strictly inside another one.
+    twins = inside & around & candidates & earlier  # Earlier candidates that are equal.
+    inside_kept = inside & kept_around
+    accepted = (candidate & ~(twins | inside_kept).any(-1)).reshape(-1)  # [6E], in Jumanji's order
+
+    # The i-th accepted candidate takes the i-th free slot.
+    rank = jnp.cumsum(accepted)  # [6E], 1 for the first.
+    free_rank = jnp.cumsum(~kept)  # [E]
+    source = (rank[None] < free_rank[:, None]).sum(1)  # [E]: index of the candidate with this rank.
+    filled = ~kept & (free_rank <= rank[-1])
+
+    # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
+    # contains it; if one of them is not inside the first occupant of slot 0, the last of them ends there.
+    order = jnp.arange(6 * num_ems)
+    num_free = free_rank[-1]
+    late = (rank - accepted) >= num_free  # The buffer was full when its turn came.
+    placed = accepted & ~late
+    took_first = placed & (rank == 1) & ~kept[0]
+    elsewhere = _pack_bits((placed & ~took_first).reshape(6, num_ems))[:, None]
+    in_other = ((inside_kept & ~first) | (twins & elsewhere)).any(-1)
+    in_first = ((inside_kept & first) | (twins & _pack_bits(took_first.reshape(6, num_ems))[:, None])).any(-1)
+    counts = late & (candidate & ~in_other).reshape(-1)
+    not_in_first = ~in_first.reshape(-1)
+    last = jnp.max(jnp.where(counts, order, -1))
+    overwritten = (counts & not_in_first).any()
+    source = source.at[0].set(jnp.where(overwritten, last, source[0]))
+    filled = filled.at[0].set(filled[0] | overwritten)
+
+    slot, face = source % num_ems, source // num_ems
+    bounds = {}
+    for axis, name in enumerate("xyz"):
+        new_lower = jnp.where(face == 2 * axis + 1, item[axis, 1], lower[axis, slot])
+        new_upper = jnp.where(face == 2 * axis, item[axis, 0], upper[axis, slot])
+        bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
+        bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
+    return state.ems.replace(**bounds), kept | filled
+
+
+def _pack_bits(x: jax.Array) -> jax.Array:
+    """Bool [..., n] -> uint32 [..., ceil(n / 20)], 20 bits a word (two words for 40 EMSs, without padding)."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 20)]).reshape(*x.shape[:-1], -1, 20)
+    return (x.astype(jnp.uint32) << jnp.arange(20, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+
+def _and_of_others(x: jax.Array) -> jax.Array:
+    """[n, ...] -> [n, ...]: entry i is the bitwise and of all entries but i."""
+    rest = [[x[j] for j in range(len(x)) if j != i] for i in range(len(x))]
+    return jnp.stack([functools.reduce(jnp.bitwise_and, arrays) for arrays in rest])
+
+
+def is_decision(observation: Observation) -> jax.Array:
+    """Whether any action is legal, shape [...]. BinPack ends exactly when none is."""
+    return observation.action_mask.any((-2, -1))
+
+
+def legal_actions(observation: Observation) -> jax.Array:
+    """Legal flat actions, bool [..., A]. A finished row gets entry 0, so that no row is empty."""
+    mask = observation.action_mask.reshape(*observation.action_mask.shape[:-2], -1)
+    first = jnp.arange(mask.shape[-1]) == 0
+    return mask | (first & ~mask.any(-1, keepdims=True))
+
+
+def permute_axes(observation: Observation, permutation: jax.Array) -> Observation:
+    """Relabels the axes of an observation by one of the six permutations, int [] in [0, 6).
+
+    The task is symmetric under it in normalised coordinates: legal actions, their order and rewards stay the same.
+    """
+    axes = jnp.array(list(itertools.permutations(range(3))))[permutation]
+    ems, items = observation.ems, observation.items
+    lower = jnp.stack([ems.x1, ems.y1, ems.z1])[axes]
+    upper = jnp.stack([ems.x2, ems.y2, ems.z2])[axes]
+    ems = ems.replace(x1=lower[0], x2=upper[0], y1=lower[1], y2=upper[1], z1=lower[2], z2=upper[2])
+    return observation._replace(ems=ems, items=type(items)(*jnp.stack(items)[axes]))
+
+
+# ======================================================================================================================
+# Network (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
+
+
+class Attention(hk.Module):
+    """Multi-head attention with an additive bias of the logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018)."""
+
+    def __init__(self, num_heads: int, key_size: int, name: str):
+        super().__init__(name=name)
+        self.num_heads, self.key_size = num_heads, key_size
+
+    def __call__(self, query: jax.Array, memory: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """query [..., n, D], memory [..., m, D], mask [..., n or 1, m], bias [..., n, m, H] -> [..., n, D].
+
+        A row that may look at nothing gets zeros.
+        """
+        width = self.num_heads * self.key_size
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            return hk.Linear(width, name=name)(x).reshape(*x.shape[:-1], self.num_heads, self.key_size)
+
+        q, k, v = project(query, "query"), project(memory, "key"), project(memory, "value")
+        logits = jnp.einsum("...nhd,...mhd->...hnm", q, k) / math.sqrt(self.key_size)
+        if bias is not None:
+            logits += jnp.moveaxis(bias, -1, -3)
+        weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
+        mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, v).reshape(*query.shape[:-1], width)
+        return hk.Linear(width, name="out")(mixed) * mask.any(-1, keepdims=True)
+
+
+def _norm(x: jax.Array, name: str) -> jax.Array:
+    return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
+
+
+class PackingNetwork(hk.Module):
+    """Transformer over EMS and item tokens with a policy over their pairs and a bounded value.
+
+    Spaces and items attend to their own kind, then to each other along legal actions. Exact fits are what full
+    packings are made of, and no bilinear form of embeddings can see them; so the relations of each (space, item)
+    pair are given to the cross-attention, as a bias, and to the policy head.
+    """
+
+    def __init__(self, config: RunConfig, name: str = "packing_network"):
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
+        """Observation with leading dimensions [...] -> masked logits [..., A] and value [...], an estimate of the
+        volume still to be packed: at most that of the unplaced items, 0 where no action is legal."""
+        config = self.config
+        width = config.transformer_num_heads * config.transformer_key_size
+        ems, legal = observation.ems, observation.action_mask
+        lower = jnp.stack([ems.x1, ems.y1, ems.z1], -1)  # [..., E, 3]
+        upper = jnp.stack([ems.x2, ems.y2, ems.z2], -1)
+        space = upper - lower
+        item = jnp.stack(list(observation.items), -1)  # [..., I, 3]
+        waiting = observation.items_mask & ~observation.items_placed  # [..., I]
+        space_volume, item_volume = space.prod(-1), item.prod(-1)
+        unplaced = (item_volume * waiting).sum(-1)  # [...]
+
+        left = jnp.broadcast_to(unplaced[..., None, None], (*space.shape[:-1], 1))
+        spaces = hk.Linear(width, name="embed_ems")(
+            jnp.concatenate([lower, upper, space, jnp.cbrt(space_volume)[..., None], space_volume[..., None], left], -1)
+        )
+        left = left[..., : item.shape[-2], :]
+        items = hk.Linear(width, name="embed_items")(
+            jnp.concatenate([item, jnp.cbrt(item_volume)[..., None], item_volume[..., None], left], -1)
+        )
+        pairs = _space_item_relations(space, item, space_volume, item_volume, waiting, legal)  # [..., E, I, F]
+        same = _item_item_relations(item)  # [..., I, I, F']
+
+        ems_mask, item_mask = observation.ems_mask[..., None, :], waiting[..., None, :]
+        heads = config.transformer_num_heads
+        for layer in range(config.num_transformer_layers):
+            attend = functools.partial(Attention, heads, config.transformer_key_size)
+            x = _norm(spaces, f"ems_norm_{layer}")
+            spaces += attend(f"ems_self_{layer}")(x, x, ems_mask, None)
+            x = _norm(items, f"items_norm_{layer}")
+            items += attend(f"items_self_{layer}")(x, x, item_mask, hk.Linear(heads, name=f"same_bias_{layer}")(same))
+            x, y = _norm(spaces, f"ems_cross_norm_{layer}"), _norm(items, f"items_cross_norm_{layer}")
+            bias = hk.Linear(2 * heads, name=f"pair_bias_{layer}")(pairs)
+            spaces += attend(f"ems_cross_{layer}")(x, y, legal, bias[..., :heads])
+            items += attend(f"items_cross_{layer}")(
+                y, x, jnp.swapaxes(legal, -1, -2), jnp.swapaxes(bias[..., heads:], -2, -3)
+            )
+            mlp = functools.partial(hk.nets.MLP, [*config.transformer_mlp_units, width])
+            spaces += mlp(name=f"ems_mlp_{layer}")(_norm(spaces, f"ems_mlp_norm_{layer}"))
+            items += mlp(name=f"items_mlp_{layer}")(_norm(items, f"items_mlp_norm_{layer}"))
+        spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
+
+        # Policy: bilinear in the tokens, plus a small layer that sees each pair and its relations.
+        q, k = hk.Linear(width, name="policy_ems")(spaces), hk.Linear(width, name="policy_items")(items)
+        logits = jnp.einsum("...ed,...id->...ei", q, k) / math.sqrt(width)
+        units = config.pair_units
+        hidden = jax.nn.relu(
+            hk.Linear(units, with_bias=False, name="pair_ems")(spaces)[..., :, None, :]
+            + hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
+            + hk.Linear(units, name="pair_relations")(pairs)
+        )
+        logits += hk.Linear(1, name="pair_out")(hidden)[..., 0]
+        flat = legal.reshape(*legal.shape[:-2], -1)
+        logits = jnp.where(flat, logits.reshape(flat.shape), MASKED)
+
+        # Value: what the unplaced items can still add, times a fraction.
+        pooled = jnp.concatenate(
+            [
+                _masked_mean(spaces, observation.ems_mask),
+                _masked_mean(items, waiting),
+                _masked_mean(hidden.reshape(*flat.shape, units), flat),
+            ],
+            -1,
+        )
+        fraction = jax.nn.sigmoid(hk.nets.MLP([width, 1], name="value")(pooled)[..., 0] + 1.0)
+        return logits, unplaced * fraction * flat.any(-1)
+
+
+def _space_item_relations(space, item, space_volume, item_volume, waiting, legal) -> jax.Array:
+    """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
+    fits, share of the space's volume, legality, and whether an unplaced item's length fills the slack exactly."""
+    slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
+    fits = _equal_length(slack)
+    count = fits.sum(-1, keepdims=True)
+    share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
+    refill = _equal_length(slack[..., None, :] - item[..., None, None, :, :])  # [..., E, I, I, 3]
+    refill = (refill & waiting[..., None, None, :, None]).any(-2)
+    features = [slack, fits, count == 2, count == 3, jnp.minimum(share, 2.0)[..., None], legal[..., None], refill]
+    return jnp.concatenate([x.astype(jnp.float32) for x in features], -1)
+
+
+def _item_item_relations(item) -> jax.Array:
+    """Relations of each pair of items, [..., I, I, 5]: equal lengths along each axis, and on two or all axes."""
+    equal = _equal_length(item[..., :, None, :] - item[..., None, :, :])
+    count = equal.sum(-1, keepdims=True)
+    return jnp.concatenate([equal, count == 2, count == 3], -1).astype(jnp.float32)
+
+
+def _equal_length(difference: jax.Array) -> jax.Array:
+    """Whether two normalised lengths are the same: a millimetre is at least 1 / 5870 = 1.7e-4 of the container."""
+    return jnp.abs(difference) < 5e-5
+
+
+def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x [..., n, D] over the rows of mask [..., n]; zeros where there are none."""
+    return (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+
+
+def make_network(config: RunConfig) -> hk.TransformedWithState:
+    """The network as Haiku functions: init(key, observation) -> (params, state), and
+    apply(params, state, None, observation) -> ((logits, value), state)."""
+    return hk.transform_with_state(lambda observation: PackingNetwork(config)(observation))
+
+
+# ======================================================================================================================
+# Policies and rollout (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+class Model(NamedTuple):
+    """What a policy plays with."""
+
+    params: Any
+    state: Any
+
+
+class Policy(NamedTuple):
+    """How to play an episode: `start(model, state, observation)` -> memory, and
+    `act(model, key, state, observation, memory)` -> (flat action, decision, memory)."""
+
+    start: Callable
+    act: Callable
+
+
+def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
+    """The network's most probable action."""
+
+    def act(model, key, state, observation, memory):
+        (logits, _), _ = network.apply(model.params, model.state, None, observation)
+        return jnp.argmax(logits, -1).astype(jnp.int32), None, memory
+
+    return Policy(start=lambda model, state, observation: (), act=act)
+
+
+class Trajectory(NamedTuple):
+    """Episodes, padded to T steps. A padding row is a finished state: mask False, reward 0."""
+
+    observation: Observation  # leaves [B, T, ...]
+    decision: Any  # what the policy says of its decisions, leaves [B, T, ...]
+    reward: jax.Array  # [B, T], share of the container's volume
+    mask: jax.Array  # bool [B, T], a real decision
+    solved: jax.Array  # bool [B], every item placed
+
+
+def make_rollout(env: BinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
+    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
+
+    def play(model: Model, key: jax.Array) -> Trajectory:
+        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
+        memory = policy.start(model, state, timestep.observation)
+
+        def step(carry, t):
+            state, observation, memory = carry
+            action, decision, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
+            state, timestep = step_flat(env, state, action)
+            row = (observation, decision, timestep.reward, is_decision(observation))
+            return (state, timestep.observation, memory), row
+
+        carry = (state, timestep.observation, memory)
+        (state, _, _), rows = jax.lax.scan(step, carry, jnp.arange(MAX_DECISIONS))
+        return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
+
+    return jax.vmap(play, in_axes=(None, 0))
+
+
+def episode_metrics(trajectory: Trajectory, num_episodes: int) -> dict[str, jax.Array]:
+    """Means over the episodes of all devices, to be called inside `pmap`."""
+    values = {
+        "rollout/avg_return": trajectory.reward.sum(1),
+        "rollout/avg_steps": trajectory.mask.sum(1),
+        "rollout/solved_rate": trajectory.solved,
+    }
+    return {name: jax.lax.psum(x.sum(), DEVICES) / num_episodes for name, x in values.items()}
+
+
+# ======================================================================================================================
+# Acting
+# ======================================================================================================================
+
+
+class Decision(NamedTuple):
+    """What learning needs to know of an action that was drawn."""
+
+    action: jax.Array  # int32 [], flat action
+    log_prob: jax.Array  # [], its log-probability when it was drawn
+    value: jax.Array  # [], the network's value at that time
+    permutation: jax.Array  # int32 [], number of the permutation of the axes under which the network saw the state
+
+
+def make_sampling_policy(network: hk.TransformedWithState, config: Config) -> Policy:
+    """Actions drawn from the network's distribution.
+
+    With `permute_axes` the network sees each state under a random permutation, here and again when it learns from
+    it: the ratio of new to old probabilities compares the same view.
+    """
+
+    def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
+        action_key, permutation_key = jax.random.split(key)
+        permutation = jnp.int32(0)
+        if config.permute_axes:
+            permutation = jax.random.randint(permutation_key, (), 0, 6)
+            observation = permute_axes(observation, permutation)
+        (logits, value), _ = network.apply(model.params, model.state, None, observation)
+        action = jax.random.categorical(action_key, logits).astype(jnp.int32)
+        log_prob = jax.nn.log_softmax(logits)[action]
+        return action, Decision(action, log_prob, value, permutation), memory
+
+    return Policy(start=lambda model, state, observation: (), act=act)
+
+
+# ======================================================================================================================
+# Advantages and loss
+# ======================================================================================================================
+
+
+class Samples(NamedTuple):
+    """Training rows. `mask` is 0 for padding, which counts in no mean and no gradient."""
+
+    observation: Observation  # leaves [..., ...]
+    decision: Decision  # leaves [...]
+    advantage: jax.Array  # [...]
+    returns: jax.Array  # [...], value target: advantage (before it is normalised) plus value
+    mask: jax.Array  # bool [...]
+
+
+def generalised_advantages(reward: jax.Array, value: jax.Array, discount: float, gae_lambda: float) -> jax.Array:
+    """GAE (Schulman et al. 2016, equation 16), [B, T] from rewards and values [B, T].
+
+    A_t = d_t + discount * lambda * A_{t+1} with d_t = r_t + discount * V_{t+1} - V_t. Nothing follows the last step,
+    and padding rows have reward 0 and value 0, so that nothing follows the end of a shorter episode either.
+    """
+    following = jnp.concatenate([value[:, 1:], jnp.zeros_like(value[:, :1])], 1)
+    delta = reward + discount * following - value
+
+    def step(advantage, delta):
+        advantage = delta + discount * gae_lambda * advantage
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(step, jnp.zeros_like(delta[:, 0]), delta.T, reverse=True)
+    return advantages.T
+
+
+def make_samples(trajectory: Trajectory, config: Config) -> Samples:
+    """Flattens episodes into rows: leaves [B * T, ...]. Advantages are not normalised yet."""
+    value = trajectory.decision.value
+    advantage = generalised_advantages(trajectory.reward, value, config.discount, config.gae_lambda)
+    samples = Samples(trajectory.observation, trajectory.decision, advantage, advantage + value, trajectory.mask)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+
+
+def normalise(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean 0 and standard deviation 1 over the real rows."""
+    mean, variance = masked_moments(x, mask)
+    return (x - mean) / (jnp.sqrt(variance) + 1e-8)
+
+
+def masked_moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over the rows where the mask is set."""
+    mean = jnp.where(mask, x, 0.0).sum() / mask.sum()
+    return mean, jnp.where(mask, jnp.square(x - mean), 0.0).sum() / mask.sum()
+
+
+def policy_loss(config: Config, log_prob: jax.Array, old_log_prob: jax.Array, advantage: jax.Array) -> jax.Array:
+    """The loss of each row, [...].
+
+    ppo: the clipped surrogate (Schulman et al. 2017, equation 7). cispo: the policy gradient under importance weights
+    that are capped and detached, so that no action loses its gradient (MiniMax 2025, 'MiniMax-M1', section 3.1).
+    """
+    ratio = jnp.exp(log_prob - old_log_prob)
+    if config.loss == "cispo":
+        return -jax.lax.stop_gradient(jnp.minimum(ratio, config.epsilon_high)) * advantage * log_prob
+    clipped = jnp.clip(ratio, 1.0 - config.clip_eps, 1.0 + config.clip_eps)
+    return -jnp.minimum(ratio * advantage, clipped * advantage)
+
+
+def value_loss(config: Config, value: jax.Array, old_value: jax.Array, returns: jax.Array) -> jax.Array:
+    """The larger of the squared errors of the value and of the value kept near the old one, [...]."""
+    near = old_value + jnp.clip(value - old_value, -config.value_clip_eps, config.value_clip_eps)
+    return jnp.maximum(jnp.square(value - returns), jnp.square(near - returns))
+
+
+def approximate_kl(log_prob: jax.Array, old_log_prob: jax.Array) -> jax.Array:
+    """KL(old || new) from actions of the old policy, [...]: (r - 1) - log r with r = new / old, unbiased, never
+    negative and of low variance (Schulman 2020, 'Approximating KL divergence', k3)."""
+    log_ratio = log_prob - old_log_prob
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy over the legal actions, [...] from masked logits [..., A]."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.where(logits > MASKED / 2, jnp.exp(log_probs) * log_probs, 0.0).sum(-1)
+
+
+def make_loss(network: hk.TransformedWithState, config: Config):
+    """Returns loss(params, net_state, samples, count) -> (scalar, metrics), summed over real rows and divided by
+    `count`, the number of real rows on all devices. Sums over devices of the result and its gradient are then the
+    global mean and its gradient."""
+
+    def loss(params, net_state, samples: Samples, count):
+        (logits, value), _ = network.apply(params, net_state, None, samples.observation)
+        old = samples.decision
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), old.action[..., None], -1)[..., 0]
+        ratio = jnp.exp(log_prob - old.log_prob)
+        clipped = jnp.abs(ratio - 1.0) > config.clip_eps if config.loss == "ppo" else ratio > config.epsilon_high
+        per_row = {
+            "policy_loss": policy_loss(config, log_prob, old.log_prob, samples.advantage),
+            "value_loss": value_loss(config, value, old.value, samples.returns),
+            "entropy": entropy(logits),
+            "approx_kl": approximate_kl(log_prob, old.log_prob),
+            "clip_fraction": clipped,
+        }
+        metrics = {name: jnp.where(samples.mask, x, 0.0).sum() / count for name, x in per_row.items()}
+        total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
+        return total - config.entropy_coef * metrics["entropy"], metrics
+
+    return loss
+
+
+# ======================================================================================================================
+# Training state and minibatches (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+class TrainState(NamedTuple):
+    params: Any
+    net_state: Any
+    opt_state: optax.OptState
+    key: jax.Array  # Never changes: iteration i draws from fold_in(key, i).
+    iteration: jax.Array  # int32 [], iterations done
+
+
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Adam with clipped gradients, before the learning rate."""
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
+
+
+def learning_rate(config: RunConfig, iteration: jax.Array) -> jax.Array:
+    """Constant within an iteration; cosine decay over iterations if the configuration asks for it."""
+    if not config.learning_rate_decay_iters:
+        return jnp.float32(config.learning_rate)
+    progress = jnp.minimum(iteration / config.learning_rate_decay_iters, 1.0)
+    return config.learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+def steps_per_epoch(config: RunConfig) -> int:
+    return config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size
+
+
+def init_train_state(env: BinPack, network: hk.TransformedWithState, config: RunConfig) -> TrainState:
+    """A fresh state from `config.seed` (not replicated)."""
+
+    @jax.jit  # One program compiles faster than the many small ones of its operations.
+    def init(key):
+        _, timestep = env.reset(key)
+        params, net_state = network.init(key, timestep.observation)
+        return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
+
+    return init(jax.random.PRNGKey(config.seed))
+
+
+def local_keys(key: jax.Array, num_keys: int) -> jax.Array:
+    """This device's keys, [num_keys, 2], inside `pmap`: a key depends on the global number of its episode alone."""
+    first = jax.lax.axis_index(DEVICES) * num_keys
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(num_keys))
+
+
+def local_share(x: jax.Array, size: int) -> jax.Array:
+    """This device's [size] entries of an array that all devices have whole, inside `pmap`."""
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DEVICES) * size, size)
+
+
+def minibatch_rows(key: jax.Array, mask: jax.Array, config: RunConfig) -> jax.Array:
+    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, a new shuffle each
+    epoch, cut after its last whole minibatch. Where short episodes leave fewer rows than that, it is begun again."""
+
+    def epoch(key):
+        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
+        slots = jnp.arange(steps_per_epoch(config) * config.training_batch_size)
+        return order[slots % mask.sum()].reshape(-1, config.training_batch_size)
+
+    return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
+
+
+def apply_gradients(
+    config: RunConfig, params: Any, opt_state: optax.OptState, grads: Any, rate: jax.Array
+) -> tuple[Any, optax.OptState]:
+    """One step of the optimizer -> (params, opt_state)."""
+    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+    updates = jax.tree.map(lambda x: -rate * x, updates)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def replicate(tree: Any, devices: list) -> Any:
+    """Adds a leading axis with one copy for each device, as pmap takes it."""
+    return jax.pmap(lambda _: tree, axis_name=DEVICES, devices=devices)(jnp.arange(len(devices)))
+
+
+def host_copy(tree: Any) -> Any:
+    """The first device's copy of a replicated tree, as numpy arrays."""
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+
+# ======================================================================================================================
+# One training iteration
+# ======================================================================================================================
+
+
+def make_train_iteration(
+    env: BinPack, network: hk.TransformedWithState, config: Config, num_devices: int
+) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns iterate(state) -> (state, metrics), to be pmapped over `num_devices` with axis name DEVICES.
+
+    Each device plays its share of the episodes; the rows are gathered, their advantages normalised and their order
+    shuffled the same way everywhere, and each device takes its share of every minibatch. So neither the data nor the
+    minibatches depend on the devices.
+    """
+    rollout = make_rollout(env, make_sampling_policy(network, config))
+    gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
+    psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
+
+    def minibatch_step(carry, rows, net_state, samples: Samples, rate: jax.Array):
+        params, opt_state = carry
+        rows = local_share(rows, config.training_batch_size // num_devices)
+        batch = jax.tree.map(lambda x: x[rows], samples)
+        seen = jax.vmap(permute_axes)(batch.observation, batch.decision.permutation)
+        batch = batch._replace(observation=seen)
+        (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
+        metrics, grads = psum((metrics, grads))
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return apply_gradients(config, params, opt_state, grads, rate), metrics
+
+    def iterate(state: TrainState):
+        collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
+        keys = local_keys(collect_key, config.rollout_batch_size // num_devices)
+        trajectory = rollout(Model(state.params, state.net_state), keys)
+
+        samples = make_samples(trajectory, config)
+        samples = jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples)
+        mask, residual = samples.mask, samples.returns - samples.decision.value
+        _, residual_variance = masked_moments(residual, mask)
+        _, returns_variance = masked_moments(samples.returns, mask)
+        samples = samples._replace(advantage=normalise(samples.advantage, mask))
+
+        rate = learning_rate(config, state.iteration)
+        step = functools.partial(minibatch_step, net_state=state.net_state, samples=samples, rate=rate)
+        rows = minibatch_rows(shuffle_key, mask, config)  # [S, M]
+        (params, opt_state), train = jax.lax.scan(step, (state.params, state.opt_state), rows)
+
+        metrics = episode_metrics(trajectory, config.rollout_batch_size)
+        metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
+        metrics["train/explained_variance"] = 1.0 - residual_variance / jnp.maximum(returns_variance, 1e-8)
+        metrics |= {"train/learning_rate": rate, "decisions": mask.sum()}
+        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
+
+    return iterate
+
+
+def visits_per_decision(config: Config) -> float:
+    """Network passes and environment steps that a decision costs, learning included, for the estimate at the start."""
+    return 1 + 3 * config.num_epochs  # A gradient is about 3 passes.
+
+
+# ======================================================================================================================
+# Players and outcomes (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+class Episodes(NamedTuple):
+    """Outcomes of N played instances, numpy arrays [N]."""
+
+    returns: np.ndarray  # volume utilisation
+    steps: np.ndarray  # items packed
+    solved: np.ndarray  # bool, every item packed
+
+
+def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
+    """One key for each instance, uint32 [N, 2]: the i-th is fixed by the seed and i alone."""
+    key = jax.random.PRNGKey(seed)
+    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
+
+
+def instances_at_a_time(devices: list) -> int:
+    """How many instances the devices play together. Few, on a CPU, so that they fit its caches."""
+    return len(devices) * (64 if devices[0].platform == "cpu" else 1024)
+
+
+def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
+    """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
+    rollout = make_rollout(env, policy)
+    share = instances_at_a_time(devices) // len(devices)
+
+    def play_chunk(model, keys):
+        trajectory = rollout(model, keys)
+        return Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
+
+    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, devices=devices)
+
+    def play(model: Model, keys: np.ndarray) -> Episodes:
+        num_chunks = -(-len(keys) // (len(devices) * share))
+        chunks = np.resize(keys, (num_chunks, len(devices), share, 2))  # Repeats fill the last chunk.
+        played = jax.device_get([play_chunk(model, chunk) for chunk in chunks])
+        return Episodes(*(np.concatenate([np.ravel(x) for x in field])[: len(keys)] for field in zip(*played)))
+
+    return play
+
+
+def summarise(episodes: Episodes) -> dict[str, float]:
+    """Means over instances, with the standard error of the utilisation."""
+    returns = episodes.returns.astype(np.float64)
+    return {
+        "avg_return": float(returns.mean()),
+        "avg_return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))),
+        "solved_rate": float(episodes.solved.mean()),
+        "packed_items": float(episodes.steps.mean()),
+    }
+
+
+def is_due(config: RunConfig, iteration: int, interval: int) -> bool:
+    """Whether something that is done every `interval` iterations, and after the last, is due (0: only then)."""
+    return iteration == config.max_num_iters or (interval > 0 and iteration % interval == 0)
+
+
+# ======================================================================================================================
+# Evaluation
+# ======================================================================================================================
+
+
+def make_evaluate(
+    env: BinPack, network: hk.TransformedWithState, config: Config, devices: list
+) -> Callable[[Model, int], dict[str, Episodes]]:
+    """Returns evaluate(replicated model, iteration) -> the episodes of each evaluation that is due, by name."""
+    keys = evaluation_keys(config.eval_seed, config.eval_batch_size)
+    play_greedy = make_player(env, make_greedy_policy(network), devices)
+
+    def evaluate(model: Model, iteration: int) -> dict[str, Episodes]:
+        return {"greedy": play_greedy(model, keys)} if is_due(config, iteration, config.eval_interval) else {}
+
+    return evaluate
+
+
+# ======================================================================================================================
+# Checkpoints (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+FORMAT_VERSION = 1
+_PICKLE_GLOBALS = {
+    *((f"numpy.{core}.multiarray", name) for core in ("_core", "core") for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("_core", "core")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain containers; anything else is refused before it runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PICKLE_GLOBALS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+        return super().find_class(module, name)
+
+
+def write_checkpoint(path: Path, contents: dict) -> None:
+    """Writes a dict of plain values and numpy arrays in one atomic step: a reader finds the whole file or none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        pickle.dump(contents, file, protocol=4)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | None = None) -> dict:
+    """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else."""
+    try:
+        with open(path, "rb") as file:
+            contents = _PlainUnpickler(file).load()
+    except OSError as error:
+        raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
+    except Exception as error:  # A damaged pickle can raise nearly anything.
+        raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
+    keys = {"format_version", "method", "iteration", "frames", "seconds", "model", "config", "opt_state", "wandb_id"}
+    if not isinstance(contents, dict) or not keys <= contents.keys() or not isinstance(contents["config"], dict):
+        raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
+    expected = dict(format_version=FORMAT_VERSION, method=method, env_id=env_id)
+    found = {key: contents.get(key, contents["config"].get(key)) for key in expected}
+    for key in expected:
+        if expected[key] is not None and found[key] != expected[key]:
+            raise UsageError(f"{path}: expected {key}={expected[key]}, got {found[key]}; give a checkpoint that has it")
+    return contents
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("iter_*.pkl") if re.fullmatch(r"iter_\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
+def prepare_run(config: RunConfig) -> dict | None:
+    """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
+
+    Raises `UsageError` if files of an earlier run are in the way."""
+    run_dir = config.run_dir()
+    earlier = find_checkpoints(run_dir)
+    files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    checkpoint, in_the_way = None, []
+    if config.resume == "auto" and earlier:
+        checkpoint = read_checkpoint(earlier[-1], METHOD, config.env_id)
+    elif config.resume and config.resume != "auto":
+        checkpoint = read_checkpoint(config.resume, METHOD, config.env_id)
+        source = Path(config.resume).resolve()
+        in_the_way = (
+            [path for path in earlier if path.resolve() > source] if source.parent == run_dir.resolve() else files
+        )
+        if source.parent != run_dir.resolve():
+            checkpoint["wandb_id"] = uuid.uuid4().hex[:8]  # A branch is a run of its own.
+    elif not config.overwrite:
+        in_the_way = files
+    if in_the_way:
+        raise UsageError(
+            f"{in_the_way[-1]} of an earlier run would be lost; type resume=auto to continue from the newest checkpoint"
+            " there, overwrite=true (without resume) to delete the run, or another save_dir"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(f"no permission to write in {run_dir}")
+        for file in files if config.overwrite else []:
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"save_dir={config.save_dir}: cannot be written ({error}); choose another save_dir") from None
+    return checkpoint
+
+
+def restore_leaves(template: Any, leaves: list, hint: str) -> Any:
+    """Puts saved leaves into the tree of `template`; refuses another number of leaves, shape or type."""
+    expected, tree = jax.tree.flatten(template)
+    same = len(expected) == len(leaves) and all(
+        a.shape == np.shape(b) and a.dtype == getattr(b, "dtype", None) for a, b in zip(expected, leaves)
+    )
+    if not same:
+        raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
+    return jax.tree.unflatten(tree, leaves)
+
+
+def library_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "dm-haiku", "optax", "mctx", "jumanji", "numpy")
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
+
+
+# ======================================================================================================================
+# Run log (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+class RunLog:
+    """`metrics.jsonl` in the run's folder, a progress bar, and Weights & Biases where it works."""
+
+    def __init__(self, config: RunConfig, start_iteration: int, wandb_id: str):
+        run_dir = config.run_dir()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        temporary = run_dir / ".metrics.jsonl.tmp"
+        temporary.write_text("".join(_rows_up_to(self.path, start_iteration)))
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", buffering=1)
+        self._wandb = _start_wandb(config, run_dir, wandb_id)
+        self.bar = tqdm.tqdm(total=config.max_num_iters, initial=start_iteration, unit="it", disable=None)
+
+    def say(self, line: str) -> None:
+        """A line that stays above the progress bar."""
+        self.bar.write(line)
+
+    def record(self, row: dict[str, float]) -> None:
+        """One row an iteration: `iteration`, `frames` (decisions so far), `hours`, and the metrics."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log(row)
+            except Exception as error:  # W&B is never the reason that training stops.
+                self.say(f"W&B stopped ({type(error).__name__}: {error}); training goes on, the log is {self.path}")
+                self._wandb = None
+
+    def close(self) -> None:
+        self.bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                print(f"W&B did not finish ({type(error).__name__}: {error}); the log is {self.path}")
+
+
+def _rows_up_to(path: Path, iteration: int) -> list[str]:
+    """The lines of an earlier log up to an iteration; what came after its checkpoint will be made again."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                rows.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # A line torn by a crash.
+            continue
+    return rows
+
+
+def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
+    """A W&B run, online if the user has set it up and offline if not; the user's WANDB_* settings win."""
+    settings = dict(
+        WANDB_PROJECT=("project", config.wandb_project),
+        WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
+        WANDB_RUN_ID=("id", run_id),
+        WANDB_RESUME=("resume", "allow"),
+        WANDB_DIR=("dir", str(run_dir)),
+    )
+    arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
+    try:
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            arguments["mode"] = "offline"
+        quiet = {} if "WANDB_CONSOLE" in os.environ else {"console": "off"}
+        run = wandb.init(config=config.model_dump(), settings=wandb.Settings(**quiet), **arguments)
+        for axis in ("iteration", "frames", "hours"):
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="iteration")
+        return run
+    except Exception as error:  # W&B is never the reason that training stops.
+        print(f"W&B did not start ({type(error).__name__}: {error}); training goes on, the log is in {run_dir}")
+        return None
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second ends the process at once."""
+
+    def __init__(self):
+        self.made = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.made = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")  # print may not be re-entered.
+
+
+# ======================================================================================================================
+# Main (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: RunConfig, state: TrainState) -> float:
+    """Seconds of one iteration, from a measured network pass and environment step on this machine."""
+    batch = min(64, config.rollout_batch_size)
+    env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
+
+    @jax.jit
+    def visit(env_state, observation):
+        (logits, value), _ = network.apply(state.params, state.net_state, None, observation)
+        return jax.vmap(functools.partial(step_flat, env))(env_state, jnp.argmax(logits, -1)), value
+
+    jax.block_until_ready(visit(env_state, timestep.observation))
+    start = time.perf_counter()
+    jax.block_until_ready(visit(env_state, timestep.observation))
+    seconds = (time.perf_counter() - start) / batch
+    return seconds * visits_per_decision(config) * config.rollout_batch_size * MAX_DECISIONS
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in a folder (empty: does not); JAX's own variable wins."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+
+
+def train(config: RunConfig, preset: str) -> int:
+    """Runs or resumes a training run; returns the exit status."""
+    devices = jax.local_devices()
+    for key in ("rollout_batch_size", "training_batch_size"):
+        value = getattr(config, key)
+        if value % len(devices):
+            nearest = max(round(value / len(devices)), 1) * len(devices)
+            raise UsageError(f"{key}={value}: expected a multiple of the {len(devices)} devices; type {key}={nearest}")
+    use_compilation_cache(config.compilation_cache_dir)
+    stop = StopRequest()
+    checkpoint = prepare_run(config)
+    env, network = make_env(), make_network(config)
+    state = init_train_state(env, network, config)
+    frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
+    if checkpoint:
+        changed = {
+            key: (_as_typed(checkpoint["config"].get(key)), _as_typed(value))
+            for key, value in config.model_dump(mode="json").items()
+            if checkpoint["config"].get(key) != value and key not in ("resume", "overwrite", "save_dir")
+        }
+        params, net_state = checkpoint["model"]
+        saved = [*jax.tree.leaves((params, net_state)), *checkpoint["opt_state"]]
+        hint = "type " + " ".join(f"{key}={old}" for key, (old, _) in changed.items())
+        params, net_state, opt_state = restore_leaves((state.params, state.net_state, state.opt_state), saved, hint)
+        state = TrainState(params, net_state, opt_state, state.key, jnp.int32(checkpoint["iteration"]))
+        frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
+        if checkpoint["iteration"] >= config.max_num_iters:
+            print(f"Complete: {checkpoint['iteration']} iterations are done; a larger max_num_iters continues.")
+            return 0
+        for key, (old, new) in changed.items():
+            print(f"{key} changes from {old} to {new}")
+    iteration = int(state.iteration)
+
+    run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    print(f"{run_dir}: {num_params:,} parameters, {kind}, from iteration {iteration}")
+    if devices[0].platform == "cpu" and preset == "full":
+        seconds = estimate_seconds(env, network, config, state)
+        print(
+            f"No accelerator: an iteration will take about {seconds:,.1f} s here, {config.max_num_iters} of them"
+            f" {seconds * config.max_num_iters / 3600:,.1f} h. preset=cpu is a complete run for two cores."
+        )
+
+    log = RunLog(config, iteration, wandb_id)
+    state = replicate(state, devices)
+    iterate = make_train_iteration(env, network, config, len(devices))
+    iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
+    evaluate = make_evaluate(env, network, config, devices)
+    start = time.perf_counter()
+
+    def evaluation_metrics() -> dict[str, float]:
+        metrics = {}
+        for name, episodes in evaluate(Model(state.params, state.net_state), iteration).items():
+            results = summarise(episodes)
+            log.say(
+                f"iteration {iteration:5d}  {frames:10,} decisions  {elapsed() / 60:6.1f} min  {name:6}  utilisation"
+                f" {results['avg_return']:.4f} +- {results['avg_return_se']:.4f}, filled {results['solved_rate']:.1%},"
+                f" {results['packed_items']:.2f} items"
+            )
+            metrics |= {f"eval/{name}/{key}": value for key, value in results.items()}
+        return metrics
+
+    def elapsed() -> float:
+        return seconds_before + time.perf_counter() - start
+
+    def save() -> None:
+        model = host_copy(Model(state.params, state.net_state))
+        contents = dict(
+            format_version=FORMAT_VERSION,
+            method=METHOD,
+            iteration=iteration,
+            frames=frames,
+            seconds=elapsed(),
+            model=(model.params, model.state),
+            config=config.model_dump(mode="json"),
+            opt_state=jax.tree.leaves(host_copy(state.opt_state)),
+            wandb_id=wandb_id,
+            versions=library_versions(),
+        )
+        write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
+
+    try:
+        if iteration == 0 and not stop.made:
+            log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluation_metrics())
+        while iteration < config.max_num_iters and not stop.made:
+            began = time.perf_counter()
+            state, metrics = iterate(state)
+            metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # The iteration's one synchronisation.
+            seconds = time.perf_counter() - began
+            iteration += 1
+            decisions = int(metrics.pop("decisions"))
+            frames += decisions
+            metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
+            metrics |= evaluation_metrics()
+            log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
+            if is_due(config, iteration, config.save_interval):
+                save()
+            log.bar.set_postfix_str(
+                f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
+                f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
+            )
+            log.bar.update()
+        if not is_due(config, iteration, config.save_interval):
+            save()
+    finally:
+        log.close()
+    if stop.made and iteration < config.max_num_iters:
+        print(f"Stopped at iteration {iteration}; the same command with resume=auto (no overwrite) continues.")
+    else:
+        print(f"Done: {run_dir}/iter_{iteration:06d}.pkl")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """The command line: 0 for a finished or cleanly stopped run, 2 with one line for a user's mistake."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(__doc__, Config, PRESETS))
+        return 0
+    try:
+        config, preset = parse_command_line(argv, Config, PRESETS)
+        return train(config, preset)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # A log in a file is read while the run goes on.
+    sys.exit(main(sys.argv[1:]))
