@@ -168,19 +168,19 @@ class Config(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=150,
-        rollout_batch_size=256,
-        training_batch_size=512,
-        num_epochs=4,
-        learning_rate=2e-3,
-        learning_rate_decay_iters=150,
+        max_num_iters=360,
+        rollout_batch_size=64,
+        training_batch_size=256,
+        learning_rate=8e-3,
+        learning_rate_decay_iters=360,
+        gae_lambda=0.9,
         entropy_coef=0.003,
         num_transformer_layers=1,
         transformer_num_heads=4,
         transformer_key_size=16,
         transformer_mlp_units=(128,),
-        eval_interval=10,
-        save_interval=10,
+        eval_interval=40,
+        save_interval=40,
     ),
 }
 

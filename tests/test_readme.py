@@ -1,5 +1,6 @@
 """The commands of the README and of the script's docstring run as written, with small overrides added."""
 
+import glob
 import json
 import os
 import re
@@ -10,9 +11,13 @@ import sys
 from pathlib import Path
 
 import collect_results
+import nbclient
+import nbformat
 import pytest
 from conftest import SMALL_WORDS
 
+import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 FULL = "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=16 eval_num_simulations=0".split()
@@ -20,33 +25,40 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def commands() -> list[str]:
-    """Every call of a training script in a bash block of the README, and in the docstring, in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()] + script.__doc__.splitlines()
-    calls = [re.search(r"(?:^|\s)(?:\S*/)?python (train_\w+\.py[^#&|]*)", line) for line in lines]
+def bash_lines() -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def commands(name: str = r"train_\w+") -> list[str]:
+    """Every call of a script in a bash block of the README, and in the training scripts' docstrings, in order."""
+    lines = bash_lines() + script.__doc__.splitlines() + ppo.__doc__.splitlines()
+    calls = [re.search(rf"(?:^|\s)(?:\S*/)?python ({name}\.py[^#&|]*)", line) for line in lines]
     return list(dict.fromkeys(call.group(1).strip() for call in calls if call))
 
 
-def small(words: list[str]) -> list[str]:
-    """The overrides whose keys a command does not give itself."""
+def small(name: str, words: list[str]) -> list[str]:
+    """The overrides that make a command small: of keys that the script has and the command does not give itself."""
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words}
-    return [word for word in SMALL_WORDS if word.partition("=")[0] not in given]
+    config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
+    keys = set(config.model_fields) - given
+    overrides = SMALL_WORDS if words else FULL  # The bare command keeps the full network and search.
+    return [word for word in overrides if word.partition("=")[0] in keys]
 
 
 def test_the_readme_has_the_commands_that_users_need():
     assert "train_search_distill_binpack.py preset=cpu" in commands()
     assert any("--help" in command for command in commands())
-    assert len(commands()) >= 4
+    assert "train_ppo_binpack.py preset=cpu" in commands()
+    assert len(commands()) >= 8 and len(commands("evaluate")) >= 4
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
-    full = not words  # The bare command keeps the full network and search, on small batches.
+    full = not words
     if "--help" not in words:
-        words += FULL if full else small(words)
+        words += small(name, words)
     run = subprocess.run(
         [sys.executable, name, *words],
         cwd=tmp_path,
@@ -58,15 +70,63 @@ def test_command_runs_as_written(command, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     if "--help" not in words:
-        assert list(tmp_path.glob(f"*/BinPack-v2/nsim_*/seed_*/iter_{1 if full else 4:06d}.pkl"))
+        assert list(tmp_path.glob(f"*/BinPack-v2/*/seed_*/iter_{1 if full else 4:06d}.pkl"))
     if full:
         assert "preset=cpu is a complete run" in run.stdout
+
+
+@pytest.fixture
+def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
+    """The scripts, and finished runs where the README's commands look for them; the working folder."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for run_dir, method in ((search_run, "nsim_4"), (ppo_run, "ppo")):
+        shutil.copytree(run_dir, tmp_path / "checkpoints" / "BinPack-v2" / method / "seed_0")
+    runs = tmp_path / "checkpoints" / "BinPack-v2"
+    shutil.copy(runs / "nsim_4" / "seed_0" / "iter_000004.pkl", runs / "nsim_4" / "seed_0" / "iter_000100.pkl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_evaluation_commands_run_as_written(trained_folder, one_device, monkeypatch, capsys):
+    """Within this process, on few instances; the first one also as its users call it."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(script, "instances_at_a_time", lambda devices: 4)
+    for command in commands("evaluate"):
+        words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
+        small = ["num_episodes=4", "num_simulations=2", "n=2"]
+        assert evaluate.main(words + small) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and ("+-" in out or "policy=[]" in words)
+    for name in ("scores.json", "episode.gif", "curves.png"):
+        assert (trained_folder / name).stat().st_size > 500
+    command = shlex.split(commands("evaluate")[0])
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
+
+
+def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder, monkeypatch):
+    """In a real kernel. The pickle's cell comes first and needs numpy alone."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 3
+    snippets.sort(key=lambda snippet: not snippet.startswith("import pickle"))
+    check = "import sys; assert 'numpy' in sys.modules and not {'jax', 'haiku', 'evaluate'} & sys.modules.keys()"
+    cells = [snippets[0], check, *snippets[1:]]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(trained_folder)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.outputs)
+    assert "search_distill" in printed and "packed 0." in printed
+    assert "text/html" in notebook.cells[-1].outputs[-1].data
 
 
 def test_the_results_table_is_made_from_the_committed_files():
     results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
     assert collect_results.with_table(README, results, floors) == README
-    assert len(results["runs"]) >= 3 and results["commit"] and floors["differing_fields"] == []
+    for group in results["groups"]:
+        assert len(group["runs"]) >= 3 and group["commit"]
+    assert floors["num_episodes"] == 1024 and floors["seed"] == script.Config().eval_seed
 
 
 def test_requirements_and_versions_in_use_agree():
