@@ -17,10 +17,11 @@ import functools
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
     from jumanji.environments.packing.bin_pack.types import Observation, State
 
 METHODS = {script.METHOD: script for script in (search_distill, ppo)}
+SEARCH_KEYS = set(search_distill.Config.__annotations__) - {
+    "eval_num_simulations",
+    "eval_search_interval",
+    "num_simulations",
+}
 FLOORS = ("random", "largest_first", "lookahead")
 PolicyName = Literal["greedy", "sample", "search", "best_of_n", "random", "largest_first", "lookahead"]
 OutputPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -82,10 +88,10 @@ with warnings.catch_warnings():
             endings = {"json": (".json",), "render": (".gif", ".png"), "curves": (".png",)}[info.field_name]
             if value and not value.endswith(endings):
                 raise ValueError(f"expected a file that ends in {' or '.join(endings)}")
-            if value and not os.access(Path(value).parent, os.W_OK):
-                raise ValueError(
-                    f"expected a file in a folder that exists and can be written, got {Path(value).parent}"
-                )
+            path = Path(value)
+            target = path if path.exists() else path.parent
+            if value and (path.is_dir() or not path.parent.is_dir() or not os.access(target, os.W_OK)):
+                raise ValueError("expected a file that can be written, in a folder that exists")
             return value
 
 
@@ -94,7 +100,7 @@ with warnings.catch_warnings():
 # ======================================================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A trained network, ready to use. Made by `load_checkpoint`."""
 
@@ -102,12 +108,8 @@ class Checkpoint:
     method: str  # "search_distill" or "ppo"
     iteration: int
     config: RunConfig  # the training script's `Config`
-    params: dict  # Haiku parameters, numpy arrays
-    state: dict  # Haiku state
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.path.parts[-3:-1] + (str(self.iteration),))
+    params: dict = dataclasses.field(repr=False)  # Haiku parameters, numpy arrays
+    state: dict = dataclasses.field(repr=False)  # Haiku state
 
     @property
     def model(self) -> Model:
@@ -121,6 +123,10 @@ class Checkpoint:
     @functools.cached_property
     def network(self):
         return METHODS[self.method].make_network(self.config)
+
+    @functools.cached_property
+    def _greedy(self) -> Policy:
+        return search_distill.make_greedy_policy(self.network)
 
     @functools.cached_property
     def _apply(self) -> Callable:
@@ -138,8 +144,7 @@ class Checkpoint:
 
     def play(self, seed: int) -> list[State]:
         """The states of one greedy episode, first to last, as `env.animate` takes them."""
-        policy = search_distill.make_greedy_policy(self.network)
-        return play_states(self.env, policy, self.model, jax.random.PRNGKey(seed))
+        return play_states(self.env, self._greedy, self.model, jax.random.PRNGKey(seed))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -148,7 +153,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     A file that holds anything but numpy arrays and plain containers is refused before any of it runs. Raises
     `UsageError` with one line that says what was expected.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         found = search_distill.find_checkpoints(path)
         if not found:
@@ -249,7 +254,18 @@ def make_lookahead_policy(env: BinPack, num_candidates: int = 16) -> Policy:
     return Policy(start=lambda *_: (), act=act)
 
 
-def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Config) -> list[tuple[Policy, Any]]:
+def search_settings(checkpoints: list[Checkpoint], config: Config) -> dict[Checkpoint, search_distill.Config]:
+    """How `policy=search` searches with each checkpoint: as in its training, or, for one of PPO, as in that of the
+    first other one (without any: by default, with completions)."""
+    own = {c: c.config for c in checkpoints if c.method == search_distill.METHOD}
+    other = next(iter(own.values()), search_distill.Config(leaf_value="completion"))
+    settings = {checkpoint: own.get(checkpoint, other) for checkpoint in checkpoints}
+    if config.leaf_value == "checkpoint":
+        return settings
+    return {key: one.model_copy(update=dict(leaf_value=config.leaf_value)) for key, one in settings.items()}
+
+
+def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Config, settings: dict) -> list[tuple]:
     """What a row of the table plays: pairs of policy and model, of whose episodes the best counts."""
     if name in FLOORS:
         make = {
@@ -259,20 +275,15 @@ def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Con
         }
         return [(make[name](), ())]
     network, model = checkpoint.network, checkpoint.model
-    greedy, sample = search_distill.make_greedy_policy(network), make_sample_policy(network)
+    greedy, sample = (checkpoint._greedy, model), make_sample_policy(network)
     if name == "sample":
         return [(sample, (model, np.int32(0)))]
     if name == "best_of_n":
-        return [(greedy, model)] + [(sample, (model, np.int32(number))) for number in range(config.n)]
+        return [greedy] + [(sample, (model, np.int32(number))) for number in range(config.n)]
     if name == "search":
-        settings = checkpoint.config
-        if checkpoint.method != search_distill.METHOD:
-            settings = search_distill.Config(leaf_value="completion", discount=settings.discount)
-        if config.leaf_value != "checkpoint":
-            settings = settings.model_copy(update=dict(leaf_value=config.leaf_value))
-        policy = search_distill.make_search_policy(env, network, settings, config.num_simulations, gumbel_scale=0.0)
-        return [(greedy, model), (policy, model)]
-    return [(greedy, model)]
+        search = settings[checkpoint], config.num_simulations
+        return [greedy, (search_distill.make_search_policy(env, network, *search, gumbel_scale=0.0), model)]
+    return [greedy]
 
 
 # ======================================================================================================================
@@ -281,44 +292,44 @@ def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Con
 
 
 def score(name: str, pairs: list[tuple[Policy, Any]], env: BinPack, keys: np.ndarray) -> tuple[Episodes, float]:
-    """Plays every instance -> (episodes, decisions per second). The first call of a program compiles and is not
-    timed, unless nothing else was played: then it is repeated."""
+    """Plays every instance -> (episodes, decisions per second).
+
+    The speed is that of trying everything on as many instances as the devices play at a time: the decisions of the
+    episodes that count, over the time of all that were played for them. Compilation is not in it.
+    """
     devices = jax.local_devices()
     size = search_distill.instances_at_a_time(devices)
-    players: dict[int, Callable] = {}
-    decisions, seconds = 0, 0.0
+    players = {policy: search_distill.make_player(env, policy, devices) for policy, _ in pairs}
+    seconds: dict[Policy, list[float]] = {policy: [] for policy in players}  # The first compiles.
+    copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * len(devices)), tree)
 
-    def timed(play: Callable, warm: bool) -> Callable:
-        def run(model, keys):
-            nonlocal decisions, seconds
-            start = time.perf_counter()
-            episodes = play(model, keys)
-            if warm:
-                seconds += time.perf_counter() - start
-                decisions += int(episodes.steps.sum())
-            return episodes
+    def timed(policy: Policy, model: Any, keys: np.ndarray) -> Episodes:
+        start = time.perf_counter()
+        episodes = players[policy](model, keys)
+        seconds[policy].append(time.perf_counter() - start)
+        return episodes
 
-        return run
-
-    pieces = []
-    total = len(keys) * len(pairs)
-    with tqdm.tqdm(total=total, desc=name, unit="episode", disable=None, leave=False) as bar:
+    def in_pieces(policy: Policy, model: Any, keys: np.ndarray) -> Episodes:
+        parts = []
         for start in range(0, len(keys), size):
-            piece, episodes = keys[start : start + size], None
-            for policy, model in pairs:
-                warm = id(policy) in players
-                play = players.setdefault(id(policy), search_distill.make_player(env, policy, devices))
-                model = search_distill.replicate(model, devices)
-                if episodes is None:
-                    episodes = timed(play, warm)(model, piece)
-                else:
-                    episodes = search_distill.keep_better(timed(play, warm), model, piece, episodes)
-                bar.update(len(piece))
-            pieces.append(episodes)
-        if not decisions:
-            policy, model = pairs[-1]
-            timed(players[id(policy)], True)(search_distill.replicate(model, devices), keys[:size])
-    return Episodes(*(np.concatenate(field) for field in zip(*pieces))), decisions / seconds
+            parts.append(timed(policy, model, keys[start : start + size]))
+            bar.update(len(parts[-1].steps))
+        return Episodes(*(np.concatenate(field) for field in zip(*parts)))
+
+    episodes = None
+    with tqdm.tqdm(total=len(keys) * len(pairs), desc=name, unit="episode", disable=None, leave=False) as bar:
+        for policy, model in pairs:
+            play = functools.partial(in_pieces, policy)
+            if episodes is None:
+                episodes = play(copies(model), keys)
+            else:
+                bar.update(int(episodes.solved.sum()))
+                episodes = search_distill.keep_better(play, copies(model), keys, episodes)
+    for policy, model in pairs:
+        while len(seconds[policy]) < 2:
+            timed(policy, copies(model), keys[:size])
+    cost = sum(np.median(seconds[policy][1:]) for policy, _ in pairs)
+    return episodes, float(np.resize(episodes.steps, size).sum() / cost)
 
 
 def difference(returns: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:
@@ -381,8 +392,8 @@ def utilisation(state: State) -> float:
     return float(volume / ((box.x2 - box.x1) * (box.y2 - box.y1) * (box.z2 - box.z1)))
 
 
-def draw_episodes(path: str, episodes: dict[str, list[State]]) -> None:
-    """Episodes on the same instance side by side, by title: a .gif of all steps or a .png of the last ones."""
+def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
+    """Episodes on the same instance side by side, with their titles: a .gif of all steps or a .png of the last ones."""
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation
 
@@ -391,7 +402,7 @@ def draw_episodes(path: str, episodes: dict[str, list[State]]) -> None:
     colours = plt.get_cmap("tab20").colors
 
     def draw(t: int) -> None:
-        for ax, (title, states) in zip(axes, episodes.items()):
+        for ax, (title, states) in zip(axes, episodes):
             ax.clear()
             state = states[min(t, len(states) - 1)]
             for i in np.flatnonzero(state.items_placed):
@@ -403,7 +414,7 @@ def draw_episodes(path: str, episodes: dict[str, list[State]]) -> None:
             placed, items = int(state.items_placed.sum()), int(state.items_mask.sum())
             ax.set_title(f"{title}\n{utilisation(state):.1%} of the volume, {placed} of {items} items", fontsize=9)
 
-    length = max(map(len, episodes.values()))
+    length = max(len(states) for _, states in episodes)
     if path.endswith(".png"):
         draw(length - 1)
         figure.savefig(path, dpi=150)
@@ -413,33 +424,37 @@ def draw_episodes(path: str, episodes: dict[str, list[State]]) -> None:
     plt.close(figure)
 
 
-def draw_curves(path: str, run_dirs: list[Path]) -> None:
-    """Greedy utilisation against decisions and against hours. Runs that differ in their last folder only (the seed)
-    are one line, their mean, with a band from the lowest to the highest."""
+def read_curve(run_dir: Path) -> np.ndarray:
+    """The evaluations of a run, [rows, 3]: decisions, hours of collecting and learning, greedy utilisation. Time that
+    went into evaluations is not in the hours, so that their number does not count against a run."""
+    log, rows, seconds = run_dir / "metrics.jsonl", [], 0.0
+    try:
+        for line in search_distill._rows_up_to(log, sys.maxsize):
+            row = json.loads(line)
+            seconds += row.get("perf/iteration_seconds", 0.0)
+            if row["iteration"] > 0 and "eval/greedy/avg_return" in row:
+                rows.append([row["frames"], seconds / 3600, row["eval/greedy/avg_return"]])
+        curve = np.array(rows, np.float64)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(f"{log}: expected the log of a run, got something else; give the folder of a run") from None
+    if not rows:
+        raise UsageError(f"{log}: expected evaluations after the first iteration, got none; give the folder of a run")
+    return curve
+
+
+def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
+    """Greedy utilisation against decisions and against hours: for each group of runs their mean, with a band from the
+    lowest to the highest."""
     import matplotlib.pyplot as plt
 
-    groups = defaultdict(list)
-    for run_dir in dict.fromkeys(run_dirs):
-        log = run_dir / "metrics.jsonl"
-        try:
-            rows = [json.loads(line) for line in log.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{log}: expected the log of a run, got '{error}'; give the folder of a run") from None
-        rows = [row for row in rows if "eval/greedy/avg_return" in row and row["frames"] > 0]
-        if not rows:
-            raise UsageError(f"{log}: expected evaluations after the first iteration, got none; train for longer")
-        groups["/".join(run_dir.parts[-2:-1])].append(rows)
-
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for ax, key, label in zip(axes, ("frames", "hours"), ("decisions", "hours")):
-        for name, runs in groups.items():
-            grid = np.unique([row[key] for rows in runs for row in rows])
-            low, high = max(rows[0][key] for rows in runs), min(rows[-1][key] for rows in runs)
+    for ax, column, label in zip(axes, (0, 1), ("decisions", "hours of collecting and learning")):
+        for name, curves in groups.items():
+            grid = np.unique(np.concatenate([curve[:, column] for curve in curves]))
+            low, high = max(curve[0, column] for curve in curves), min(curve[-1, column] for curve in curves)
             grid = grid[(grid >= low) & (grid <= high)]
-            lines = [
-                np.interp(grid, [r[key] for r in rows], [r["eval/greedy/avg_return"] for r in rows]) for rows in runs
-            ]
-            (line,) = ax.plot(grid, np.mean(lines, 0), label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+            lines = [np.interp(grid, curve[:, column], curve[:, 2]) for curve in curves]
+            (line,) = ax.plot(grid, np.mean(lines, 0), label=f"{name} ({len(lines)} seed{'s' * (len(lines) > 1)})")
             ax.fill_between(grid, np.min(lines, 0), np.max(lines, 0), color=line.get_color(), alpha=0.2)
         ax.set(xlabel=label)
         ax.grid(alpha=0.3)
@@ -462,18 +477,27 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
         word = queue.pop(0)
         if word.startswith("--"):
             overrides += [word] + ([queue.pop(0)] if "=" not in word and queue else [])
-        elif "=" in word and not Path(word).exists():
+        elif "=" in word and not os.path.exists(word):
             overrides.append(word)
         else:
             paths.append(word)
     return paths, overrides
 
 
-def evaluate(paths: list[str], config: Config) -> list[dict]:
-    """Does what the configuration asks for; returns the table's rows."""
-    checkpoints = [load_checkpoint(path) for path in paths]
+def distinct_names(paths: list[Path], parts: int) -> list[str]:
+    """The last parts of each path, as many as tell the paths apart."""
+    while parts < max((len(path.parts) for path in paths), default=0):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+        parts += 1
+    return ["/".join(path.parts[-parts:]) for path in paths]
+
+
+def evaluate(words: list[str], paths: list[str], config: Config) -> None:
+    """Does what the configuration asks for. `words` is the command line, to be kept with the figures."""
     wanting = [name for name in config.policy if name not in FLOORS]
-    if not checkpoints and (wanting or config.curves or not config.policy):
+    if not paths and (wanting or config.curves or not config.policy):
         asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
         raise UsageError(
             f"{asked}: expected a checkpoint, got none; type python evaluate.py CHECKPOINT ..., or one of policy="
@@ -485,38 +509,54 @@ def evaluate(paths: list[str], config: Config) -> list[dict]:
         )
     if config.render and not config.policy:
         raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
+    checkpoints = [load_checkpoint(path) for path in paths]
+    run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
+    curves = {run_dir: read_curve(run_dir) for run_dir in run_dirs if config.curves}
+
+    names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], 3)))
+    settings = search_settings(checkpoints, config)
     env = search_distill.make_env()
     keys = search_distill.evaluation_keys(config.seed, config.num_episodes)
-    plan = [(name, checkpoint) for name in config.policy for checkpoint in ([None] if name in FLOORS else checkpoints)]
-    rows, pictures = [], {}
+    plan = [(name, c) for name in config.policy for c in ([None] if name in FLOORS else checkpoints)]
+    rows, pictures = [], []
     for name, checkpoint in plan:
-        title = f"{checkpoint.name} {name}" if checkpoint else name
-        pairs = attempts(name, checkpoint, env, config)
+        title = f"{names[checkpoint]} {name}" if checkpoint else name
+        pairs = attempts(name, checkpoint, env, config, settings)
         episodes, speed = score(title, pairs, env, keys)
-        row = dict(
-            checkpoint=checkpoint.name if checkpoint else "",
-            policy=name,
-            path=str(checkpoint.path) if checkpoint else "",
-        )
-        row |= search_distill.summarise(episodes) | dict(decisions_per_second=speed)
-        row |= dict(returns=episodes.returns.tolist())
-        row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"] if rows else episodes.returns))
+        row = dict(checkpoint=names.get(checkpoint, ""), policy=name) | search_distill.summarise(episodes)
+        row |= dict(decisions_per_second=speed, returns=episodes.returns.tolist())
+        row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"]) if rows else episodes.returns)
+        if name == "search":
+            row["search"] = settings[checkpoint].model_dump(mode="json", include=SEARCH_KEYS)
         rows.append(row)
         if config.render and len(pictures) < 2:
             played = (play_states(env, policy, model, keys[config.instance]) for policy, model in pairs)
-            pictures[title] = max(played, key=lambda states: utilisation(states[-1]))
+            pictures.append((title, max(played, key=lambda states: utilisation(states[-1]))))
     if rows:
         print(table(rows))
     if config.json:
-        settings = dict(command="python evaluate.py", checkpoints=paths) | config.model_dump(mode="json")
         device = f"{len(jax.local_devices())} x {jax.local_devices()[0].device_kind}"
-        results = dict(settings, device=device, versions=search_distill.library_versions(), rows=rows)
+        results = dict(command=shlex.join(["python", "evaluate.py", *words]), commit=commit(), device=device)
+        results |= dict(versions=search_distill.library_versions(), **config.model_dump(mode="json"), rows=rows)
         Path(config.json).write_text(json.dumps(results, indent=1) + "\n")
     if pictures:
         draw_episodes(config.render, pictures)
     if config.curves:
-        draw_curves(config.curves, [checkpoint.path.parent for checkpoint in checkpoints])
-    return rows
+        parents = list(dict.fromkeys(run_dir.parent for run_dir in run_dirs))
+        labels = dict(zip(parents, distinct_names(parents, 1)))
+        draw_curves(
+            config.curves,
+            {labels[parent]: [curves[d] for d in run_dirs if d.parent == parent] for parent in parents},
+        )
+
+
+def commit() -> str:
+    """The commit of this checkout, marked if it was changed; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def main(argv: list[str]) -> int:
@@ -528,7 +568,7 @@ def main(argv: list[str]) -> int:
         paths, overrides = split_words(argv)
         config, _ = search_distill.parse_command_line(overrides, Config, {})
         search_distill.use_compilation_cache(search_distill.Config().compilation_cache_dir)
-        evaluate(paths, config)
+        evaluate(argv, paths, config)
         return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

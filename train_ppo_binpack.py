@@ -7,8 +7,9 @@ Every iteration, on the devices and inside one `pmap`:
 3. learn      Several epochs of minibatches on the clipped surrogate (or CISPO's), a clipped value loss and an
               entropy bonus.
 
-The environment, the network, the symmetry and the budget are those of search distillation
-(`train_search_distill_binpack.py`), so that what differs between the two is the search.
+The environment, the network and the symmetry are those of search distillation (`train_search_distill_binpack.py`), so
+that what differs between the two is the search. The small presets take about the same time, the full runs play the
+same number of episodes.
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
 D model width, H attention heads, M minibatch.
@@ -1015,21 +1016,99 @@ def make_evaluate(
 # ======================================================================================================================
 
 FORMAT_VERSION = 1
+CONTENTS = dict(
+    format_version=int, method=str, iteration=int, frames=int, seconds=float, model=tuple, config=dict, opt_state=list,
+    wandb_id=str,
+)  # fmt: skip
+MAX_ENTRIES = 1_000_000
+
+
+class _Refusing:
+    """A stand-in for what numpy's pickles name. A pickle can call it, and nothing else can be done to it."""
+
+    def __setstate__(self, state: Any) -> None:  # On the class itself, BUILD fails for want of an instance.
+        raise pickle.UnpicklingError(f"{type(self).__name__.strip('_')} was given a state")
+
+
+class _Dtype(_Refusing):
+    """numpy.dtype of numbers and truth values; None for any other."""
+
+    def __init__(self, name: str, align: bool = False, copy: bool = True):
+        self.value = np.dtype(name) if re.fullmatch(r"[biufc]\d{1,2}", name) else None
+
+    def __setstate__(self, state: tuple) -> None:
+        self.value = None if self.value is None else self.value.newbyteorder(state[1])
+
+
+class _Array(_Refusing):
+    """numpy.ndarray, made from bytes that are copied."""
+
+    def __init__(self, data: Any = b"", dtype: Any = None, shape: tuple = (), order: str = "C"):
+        self.value = None
+        if dtype is not None:
+            self._fill(data, dtype, shape, order)
+
+    def _fill(self, data: Any, dtype: Any, shape: tuple, order: str) -> None:
+        if not (isinstance(data, (bytes, bytearray)) and type(dtype) is _Dtype and dtype.value is not None):
+            raise pickle.UnpicklingError("it has an array of objects, and only numbers are allowed")
+        self.value = np.frombuffer(bytes(data), dtype.value).reshape(shape, order=order).copy()
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        self._fill(data, dtype, shape, "F" if fortran else "C")
+
+
+class _Reconstruct(_Refusing):
+    def __new__(cls, subtype: Any, shape: Any, kind: Any):
+        return _Array()  # Its state comes next.
+
+
+class _Scalar(_Refusing):
+    def __new__(cls, dtype: Any, data: Any):
+        return _Array(data, dtype)
+
+
+class _FromBuffer(_Refusing):
+    def __new__(cls, data: Any, dtype: Any, shape: Any, order: Any):
+        return _Array(data, dtype, shape, order)
+
+
 _PICKLE_GLOBALS = {
-    *((f"numpy.{core}.multiarray", name) for core in ("_core", "core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("_core", "core")),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Reconstruct for core in ("_core", "core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("_core", "core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _FromBuffer for core in ("_core", "core")},
 }
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; anything else is refused before it runs."""
+    """Reads arrays of numbers and plain containers; anything else is refused before it runs. Even numpy's own
+    classes are not handed out: called in the wrong way they read memory that is not theirs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLE_GLOBALS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
-        return super().find_class(module, name)
+        return _PICKLE_GLOBALS[module, name]
+
+    def load(self) -> Any:
+        self._entries = 0
+        return self._plain(super().load())
+
+    def _plain(self, x: Any) -> Any:
+        """The same with arrays in the place of stand-ins. Sharing is undone, so entries are counted."""
+        self._entries += 1
+        if self._entries > MAX_ENTRIES:
+            raise pickle.UnpicklingError(f"it has more than {MAX_ENTRIES:,} entries")
+        if type(x) is dict:
+            return {self._plain(key): self._plain(value) for key, value in x.items()}
+        if type(x) in (list, tuple):
+            return type(x)(map(self._plain, x))
+        if type(x) is _Array and x.value is not None:
+            return x.value
+        if x is None or type(x) in (bool, int, float, str, bytes):
+            return x
+        raise pickle.UnpicklingError(f"it holds a {type(x).__name__.strip('_')}, and only plain values are allowed")
 
 
 def write_checkpoint(path: Path, contents: dict) -> None:
@@ -1056,14 +1135,19 @@ def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | N
         raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
     except Exception as error:  # A damaged pickle can raise nearly anything.
         raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
-    keys = {"format_version", "method", "iteration", "frames", "seconds", "model", "config", "opt_state", "wandb_id"}
-    if not isinstance(contents, dict) or not keys <= contents.keys() or not isinstance(contents["config"], dict):
+    contents = contents if isinstance(contents, dict) else {}
+    version = contents.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: expected format_version={FORMAT_VERSION}, got {version}; give a checkpoint that"
+            " this version wrote, or use the version that wrote this one"
+        )
+    if any(type(contents.get(key)) is not kind for key, kind in CONTENTS.items()) or len(contents["model"]) != 2:
         raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
-    expected = dict(format_version=FORMAT_VERSION, method=method, env_id=env_id)
-    found = {key: contents.get(key, contents["config"].get(key)) for key in expected}
-    for key in expected:
-        if expected[key] is not None and found[key] != expected[key]:
-            raise UsageError(f"{path}: expected {key}={expected[key]}, got {found[key]}; give a checkpoint that has it")
+    for key, expected in (("method", method), ("env_id", env_id)):
+        found = contents["method"] if key == "method" else contents["config"].get("env_id")
+        if expected is not None and found != expected:
+            raise UsageError(f"{path}: expected {key}={expected}, got {found}; give a checkpoint that has it")
     return contents
 
 
@@ -1185,6 +1269,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
     settings = dict(
         WANDB_PROJECT=("project", config.wandb_project),
         WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
+        WANDB_RUN_GROUP=("group", "/".join(run_dir.parts[-3:-1])),
         WANDB_RUN_ID=("id", run_id),
         WANDB_RESUME=("resume", "allow"),
         WANDB_DIR=("dir", str(run_dir)),
@@ -1194,7 +1279,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             arguments["mode"] = "offline"
         quiet = {} if "WANDB_CONSOLE" in os.environ else {"console": "off"}
-        run = wandb.init(config=config.model_dump(), settings=wandb.Settings(**quiet), **arguments)
+        run = wandb.init(config=config.model_dump() | {"method": METHOD}, settings=wandb.Settings(**quiet), **arguments)
         for axis in ("iteration", "frames", "hours"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="iteration")
@@ -1340,8 +1425,8 @@ def train(config: RunConfig, preset: str) -> int:
             decisions = int(metrics.pop("decisions"))
             frames += decisions
             metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
-            metrics |= evaluation_metrics()
-            log.record({"iteration": iteration, "frames": frames, "hours": elapsed() / 3600} | metrics)
+            hours = elapsed() / 3600  # An evaluation counts for what comes after it.
+            log.record({"iteration": iteration, "frames": frames, "hours": hours} | metrics | evaluation_metrics())
             if is_due(config, iteration, config.save_interval):
                 save()
             log.bar.set_postfix_str(

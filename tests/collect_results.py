@@ -25,7 +25,7 @@ FLOOR_LABELS = {
     "lookahead": "one-ply look-ahead with that rule, 16 actions",
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
-GREEDY = "eval/greedy/avg_return"
+CURVE = ("decisions", "hours", "utilisation")
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -49,16 +49,18 @@ def collect(folder: Path) -> dict:
         changed = {key: value for key, value in config.items() if key not in OWN_KEYS and value != expected[key]}
         words = "".join(f" {key}={script._as_typed(value)}" for key, value in changed.items())
         commands.add(f"python {Path(script.__file__).name} preset=cpu{words} seed=SEED")
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        if rows[-1]["iteration"] != config["max_num_iters"]:
-            sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {rows[-1]['iteration']}")
-        curve = [{key: row[key] for key in ("iteration", "frames", "hours", GREEDY)} for row in rows if GREEDY in row]
-        last = {key: value for key, value in rows[-1].items() if key.startswith(("eval/", "rollout/"))}
-        one = dict(seed=config["seed"], minutes=60 * rows[-1]["hours"], frames=rows[-1]["frames"])
-        runs.append(one | dict(last=last, curve=curve))
+        row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        if row["iteration"] != config["max_num_iters"]:
+            sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {row['iteration']}")
+        curve = [dict(zip(CURVE, point)) for point in evaluate.read_curve(run_dir).tolist()]
+        last = {key: value for key, value in row.items() if key.startswith(("eval/", "rollout/"))}
+        runs.append(dict(seed=config["seed"], last=last, curve=curve))
     if len(commands) != 1:
         sys.exit(f"{folder}: expected seed_* that differ in their seed only, got {sorted(commands) or 'none'}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        sys.exit(f"{folder}: expected runs inside the checkout that made them, got no commit there")
     versions = evaluate.search_distill.read_checkpoint(checkpoint.path)["versions"]
     return dict(
         command=commands.pop(), method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs
@@ -66,13 +68,12 @@ def collect(folder: Path) -> dict:
 
 
 def at(run: dict, key: str, value: float) -> float:
-    """Greedy utilisation of a run when `key` (frames or hours) has a value, on the line between two evaluations."""
-    curve = run["curve"]
-    for before, after in zip(curve, curve[1:]):
+    """Utilisation of the network alone when decisions or hours have a value, on the line between two evaluations."""
+    for before, after in zip(run["curve"], run["curve"][1:]):
         if before[key] <= value <= after[key]:
             share = (value - before[key]) / (after[key] - before[key])
-            return before[GREEDY] + share * (after[GREEDY] - before[GREEDY])
-    return curve[-1][GREEDY]
+            return before["utilisation"] + share * (after["utilisation"] - before["utilisation"])
+    return run["curve"][-1]["utilisation"]
 
 
 def table(results: dict, floors: dict) -> str:
@@ -88,9 +89,9 @@ def table(results: dict, floors: dict) -> str:
         )
     for group in results["groups"]:
         runs, config = group["runs"], group["config"]
-        frames, minutes = (sum(run[key] for run in runs) / len(runs) for key in ("frames", "minutes"))
+        decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
         method = {"ppo": "PPO", "search_distill": "search distillation"}[group["method"]]
-        cost = f"{round(frames, -3):,.0f} | {minutes:.1f}"
+        cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
         simulations = config.get("eval_num_simulations")
         for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
             if f"eval/{name}/avg_return" not in runs[0]["last"]:
@@ -110,26 +111,37 @@ def table(results: dict, floors: dict) -> str:
 
 
 def sentences(results: dict) -> str:
-    """What the curves say of time: in words, below the table."""
-    groups = {group["method"]: group["runs"] for group in results["groups"]}
+    """What the curves say of time and decisions, below the table."""
+    groups = {group["method"]: group["runs"] for group in reversed(results["groups"])}  # The first of each method.
     search, ppo = groups["search_distill"], groups["ppo"]
-    first = lambda bar: max(_minutes_to(run, bar) for run in search)
-    hours = min(run["curve"][-1]["hours"] for run in search + ppo)
-    parts = []
-    for label, runs in (("search distillation", search), ("PPO", ppo)):
-        mean, error = mean_and_error([100 * at(run, "hours", hours) for run in runs])
-        parts.append(f"{label} {mean:.2f} ± {error:.2g} %")
-    return (
-        f"The network of search distillation was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after"
-        f" {first(0.96):.1f} with every seed, compilation included. After the same {60 * hours:.1f} minutes the"
-        f" networks alone stand at: {', '.join(parts)}. With search on top, the better of two episodes counts (the"
-        " network's and the search's)."
+    first = lambda bar: (
+        60
+        * max(
+            next((point["hours"] for point in run["curve"] if point["utilisation"] > bar), math.inf) for run in search
+        )
     )
+    hours = min(run["curve"][-1]["hours"] for run in search + ppo)
 
+    def both(key: str, value: float, others: list) -> str:
+        means = (mean_and_error([100 * at(run, key, value) for run in runs]) for runs in (search, others))
+        return "search distillation {:.2f} ± {:.2g} %, PPO {:.2f} ± {:.2g} %".format(
+            *(x for pair in means for x in pair)
+        )
 
-def _minutes_to(run: dict, bar: float) -> float:
-    """Minutes until the first evaluation above a bar."""
-    return next((60 * row["hours"] for row in run["curve"] if row[GREEDY] > bar), math.inf)
+    text = (
+        "Minutes are those of collecting and learning, compilation included and evaluation not. The network of search"
+        f" distillation was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f} with"
+        f" every seed. At equal wall-clock, {60 * hours:.1f} minutes, the networks alone stand at:"
+        f" {both('hours', hours, ppo)}."
+    )
+    shorter = [group["runs"] for group in results["groups"] if group["method"] == "ppo"][1:]
+    if shorter:
+        decisions = min(run["curve"][-1]["decisions"] for run in search + shorter[0])
+        text += (
+            f" At equal decisions, {round(decisions, -3):,.0f}, with PPO's learning rate decayed by then:"
+            f" {both('decisions', decisions, shorter[0])}."
+        )
+    return text + " With search on top, the better of two episodes counts (the network's and the search's)."
 
 
 def with_table(readme: str, results: dict, floors: dict) -> str:

@@ -115,9 +115,10 @@ def test_what_help_and_errors_show_can_be_typed_back():
         assert config == script.Config()
 
 
-def test_import_does_nothing(tmp_path):
+@pytest.mark.parametrize("module", ["train_search_distill_binpack", "train_ppo_binpack", "evaluate"])
+def test_import_does_nothing(module, tmp_path):
     code = (
-        "import sys; sys.argv = ['x', '--help', 'seed=banana']; import train_search_distill_binpack;"
+        f"import sys; sys.argv = ['x', '--help', 'seed=banana']; import {module};"
         "import jax._src.xla_bridge as bridge; assert not bridge._backends, bridge._backends"
     )
     start = time.perf_counter()

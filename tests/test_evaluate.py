@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
-import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -50,7 +51,7 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
         assert len(row["returns"]) == 8 and np.mean(row["returns"]) == pytest.approx(row["avg_return"], abs=1e-6)
         assert row["decisions_per_second"] > 0
     table = capsys.readouterr().out
-    assert "nsim_2/seed_0/4" in table and "ppo/seed_0/4" in table and table.count("\n") == 3
+    assert "nsim_2/seed_0/iter_000004" in table and "ppo/seed_0/iter_000004" in table and table.count("\n") == 3
     delta = np.array(scores["rows"][1]["returns"]) - np.array(scores["rows"][0]["returns"])
     half = 1.96 * delta.std(ddof=1) / 8**0.5
     np.testing.assert_allclose(
@@ -135,6 +136,36 @@ def test_pictures_of_one_instance_and_curves(search_run, ppo_run, tmp_path, monk
             assert image.format == "PNG" and len(set(image.convert("L").get_flattened_data())) > 20
 
 
+def test_runs_of_the_same_name_are_told_apart(ppo_run, tmp_path, few_at_a_time):
+    """Two losses, say, under two folders: their rows have names of their own, and their pictures and curves too."""
+    other = tmp_path / "cispo" / "BinPack-v2" / "ppo" / "seed_0"
+    shutil.copytree(ppo_run, other)
+    rows = run(tmp_path, ppo_run, other, f"render={tmp_path / 'a.gif'}", f"curves={tmp_path / 'c.png'}")["rows"]
+    first, second = (row["checkpoint"] for row in rows)
+    assert first != second and second.endswith("cispo/BinPack-v2/ppo/seed_0/iter_000004")
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.width > 1.8 * image.height
+    assert evaluate.distinct_names([ppo_run.parent, other.parent, other.parent], 1)[1].endswith("cispo/BinPack-v2/ppo")
+
+
+def test_speed_is_that_of_all_attempts(few_at_a_time, env, monkeypatch):
+    """A policy that takes twice the time for the same decisions is half as fast, and a row of two attempts adds up."""
+    clock, cost = [0.0], {"a": 1.0, "b": 2.0}
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+
+    def make_player(env, policy, devices):
+        def play(model, keys):
+            clock[0] += cost[policy]
+            return search_distill.Episodes(np.full(len(keys), 0.5), np.full(len(keys), 10), np.zeros(len(keys), bool))
+
+        return play
+
+    monkeypatch.setattr(search_distill, "make_player", make_player)
+    keys = np.zeros((10, 2), np.uint32)
+    speeds = [evaluate.score("x", pairs, env, keys)[1] for pairs in ([("a", ())], [("b", ())], [("a", ()), ("b", ())])]
+    assert speeds == pytest.approx([40.0, 20.0, 40 / 3])
+
+
 def test_rendered_episode_is_the_scored_one(search_run, env, tmp_path):
     scores = run(tmp_path, search_run)
     checkpoint = evaluate.load_checkpoint(search_run)
@@ -192,6 +223,51 @@ def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(kind, tmp_path, se
     assert list(tmp_path.glob("marker*"))  # The attack is real: an ordinary reader runs it.
 
 
+FORGED = {
+    "pointers": pickle.dumps({"model": Attack(np.ndarray, (1,), np.dtype("O"), b"A" * 8)}),
+    "pointers in use": pickle.dumps(Attack(np.ndarray, Attack(np.ndarray, (1,), np.dtype("O"), b"A" * 8))),
+    "object": pickle.dumps(np.array([{}], dtype=object)),
+    "record": pickle.dumps(np.zeros(2, [("a", "i4")])),
+    "class": b"\x80\x04cnumpy\nndarray\nN}X\x01\x00\x00\x00aI1\ns\x86b.",
+    "function": b"\x80\x04cnumpy._core.numeric\n_frombuffer\nN}X\x0c\x00\x00\x00__defaults__(I1\nts\x86b.",
+    "doubling": b"\x80\x04]" + b"q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b".",
+    "endless": b"\x80\x04]q\x00h\x00a.",
+    "too short": pickle.dumps(np.zeros(4)).replace(b"K\x04\x85", b"K\x09\x85"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_numpys_own_classes_cannot_be_misused(kind, tmp_path):
+    """Such files make an ordinary reader touch memory that is not its own, or grow without bounds: in a process of its
+    own, the reader must refuse each in one line."""
+    path = tmp_path / "iter_000001.pkl"
+    path.write_bytes(FORGED[kind])
+    code = (
+        "import sys, numpy, train_ppo_binpack as ppo\n"
+        "before = numpy._core.numeric._frombuffer.__defaults__\n"
+        "try: ppo.read_checkpoint(sys.argv[1])\n"
+        "except ppo.UsageError as error: print(error)\n"
+        "assert numpy._core.numeric._frombuffer.__defaults__ == before\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and run.stdout.count("\n") == 1 and "not a checkpoint that can be read" in run.stdout
+
+
+def test_arrays_of_every_kind_come_back_as_they_were(tmp_path):
+    kinds = [np.arange(6).reshape(2, 3).astype(dtype) for dtype in ("f4", "f8", "i4", "u1", ">f4", "c8", "?")]
+    contents = {
+        "a": kinds,
+        "b": (np.asfortranarray(kinds[0]), np.float32(2.5), np.array(7)),
+        "c": [None, True, "x", 1.5],
+    }
+    for protocol in (3, 4, 5):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(contents, protocol))
+        with open(tmp_path / "x.pkl", "rb") as file:
+            found = search_distill._PlainUnpickler(file).load()
+        for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(contents), strict=True):
+            assert np.array_equal(mine, theirs) and getattr(mine, "dtype", None) == getattr(theirs, "dtype", None)
+
+
 @pytest.mark.parametrize("kind", ["method", "environment", "newer", "truncated", "text", "leaves", "names", "config"])
 def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_run, tmp_path, capsys):
     good, path = search_run / "iter_000004.pkl", tmp_path / "bad.pkl"
@@ -204,7 +280,7 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_
             contents | {"config": config | {"env_id": "Snake-v1"}},
             "env_id: expected 'BinPack-v2'",
         ),
-        "newer": (contents | {"format_version": 99}, "expected format_version=1, got 99"),
+        "newer": ({"format_version": 99, "network": {}}, "expected format_version=1, got 99"),
         "truncated": (good.read_bytes()[:-100], "not a checkpoint that can be read"),
         "text": (b"hello", "not a checkpoint that can be read"),
         "leaves": (contents | {"config": config | {"pair_units": 9}}, "do not belong together"),
@@ -230,6 +306,8 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_
         (["policy=random", "num_episodes=1"], "greater than or equal to 2"),
         (["policy=random", "render=a.mp4"], "ends in .gif or .png"),
         (["policy=random", "json=no/where.json"], "folder that exists"),
+        (["~nobody/x.pkl"], "expected a checkpoint file"),
+        (["a=" + "x" * 300], "unknown key 'a'"),
         (["policy=random", "render=a.png", "instance=2000"], "type instance=0"),
         (["policy=random", "preset=cpu"], "unknown key 'preset'"),
     ],
@@ -253,4 +331,3 @@ def test_help_lists_every_key(capsys):
     assert evaluate.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {key} " in text for key in evaluate.Config.model_fields) and "Presets" not in text
-    assert (ROOT / "evaluate.py").exists() and ppo.METHOD in evaluate.METHODS

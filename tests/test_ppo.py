@@ -25,16 +25,15 @@ def ppo_config():
 
 def test_twin_sections_are_the_same_in_both_scripts():
     sources = [Path(script.__file__).read_text() for script in (ppo, search_distill)]
-    twins = [_sections(source, twin=True) for source in sources]
+    twins = [_twin_sections(source) for source in sources]
     assert twins[0] == twins[1] and len(twins[0]) == 10
     assert all(body.count("\n") > 20 for body in twins[0].values())
 
 
-def _sections(source: str, twin: bool) -> dict[str, str]:
+def _twin_sections(source: str) -> dict[str, str]:
     bar = "# " + "=" * 118 + "\n"
     pieces = source.split(bar)
-    titled = zip(pieces[1::2], pieces[2::2], strict=True)
-    return {title: body for title, body in titled if ("twin section" in title) == twin}
+    return {title: body for title, body in zip(pieces[1::2], pieces[2::2], strict=True) if "twin section" in title}
 
 
 @pytest.mark.parametrize("discount, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
@@ -53,12 +52,6 @@ def test_advantages_equal_a_plain_loop(discount, gae_lambda):
                 expected[b, t] += (discount * gae_lambda) ** k * error
     found = ppo.generalised_advantages(jnp.array(reward), jnp.array(value), discount, gae_lambda)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_with_lambda_1_the_value_target_is_the_monte_carlo_return():
-    reward, value = RNG.random((4, 19)).astype(np.float32), RNG.random((4, 19)).astype(np.float32)
-    target = ppo.generalised_advantages(jnp.array(reward), jnp.array(value), 0.9, 1.0) + value
-    np.testing.assert_allclose(target, search_distill.discounted_returns(jnp.array(reward), 0.9), rtol=1e-4)
 
 
 def test_clipped_surrogate_equals_a_plain_loop(ppo_config):
@@ -183,11 +176,31 @@ def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(env, ne
             assert row[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-5), key
 
 
-def test_the_first_ratio_is_1_under_the_view_that_the_action_was_drawn_from(env, network, ppo_config):
-    """With steps that change nothing, the new probabilities of an iteration's actions are the old ones."""
+def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_config):
+    """With steps too small to change anything, each ratio is 1 (the network sees an action under the view that it was
+    drawn from), and the surrogate is minus the mean of the trained rows' normalised advantages."""
     still = ppo_config.model_copy(update=dict(learning_rate=1e-12))
     _, (row,) = iterate_on(env, network, still, 1, 1)
     assert row["train/clip_fraction"] == 0.0 and 0.0 <= row["train/approx_kl"] < 1e-8
+
+    state = ppo.init_train_state(env, network, still)
+    collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, 0))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(collect_key, jnp.arange(still.rollout_batch_size))
+    rollout = jax.jit(ppo.make_rollout(env, ppo.make_sampling_policy(network, still)))
+    trajectory = rollout(ppo.Model(state.params, state.net_state), keys)
+    monte_carlo = ppo.make_samples(trajectory, still.model_copy(update=dict(gae_lambda=1.0, discount=0.9)))
+    expected = search_distill.discounted_returns(trajectory.reward, 0.9).reshape(-1)
+    np.testing.assert_allclose(monte_carlo.returns, expected, atol=1e-5)
+
+    samples = ppo.make_samples(trajectory, still)
+    mask, advantage = np.asarray(samples.mask), np.asarray(samples.advantage)
+    assert not mask.all() and (advantage[~mask] == 0).all()
+    normalised = (advantage - advantage[mask].mean()) / advantage[mask].std()
+    rows = np.asarray(ppo.minibatch_rows(shuffle_key, samples.mask, still))
+    assert float(row["train/policy_loss"]) == pytest.approx(-normalised[rows].mean(), abs=1e-4)
+    assert abs(-advantage[rows].mean() + normalised[rows].mean()) > 1e-3
+    explained = 1 - advantage[mask].var() / np.asarray(samples.returns)[mask].var()
+    assert float(row["train/explained_variance"]) == pytest.approx(explained, abs=1e-4)
 
 
 def test_learning_raises_the_return_and_explains_the_value(env, network, ppo_config):
