@@ -94,14 +94,6 @@ def ppo_run(tmp_path_factory, ppo_words) -> Path:
     return folder / "BinPack-v2" / "ppo" / "seed_0"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of the same finished runs share a worker, so that each run is made once."""
-    for item in items:
-        if {"search_run", "ppo_run"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("runs"))
-
-
 @pytest.fixture(scope="session")
 def config():
     return script.Config(**SMALL)

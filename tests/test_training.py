@@ -145,7 +145,6 @@ def iterated(env, network, config):
     return found
 
 
-@pytest.mark.xdist_group("iterated")
 def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterated):
     """Parameters may differ by a step of Adam where a gradient is 0 but for rounding, and so is its sign."""
     moments, params, metrics, _ = iterated[1]
@@ -162,12 +161,10 @@ def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(iterate
             assert other_metrics[0][key] == pytest.approx(metrics[0][key], rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.xdist_group("iterated")
 def test_one_compilation_serves_all_iterations(iterated):
     assert [compilations for *_, compilations in iterated.values()] == [1, 1, 1]
 
 
-@pytest.mark.xdist_group("iterated")
 def test_training_changes_every_parameter(env, network, config, iterated):
     start = script.init_train_state(env, network, config).params
     for (path, before), after in zip(
