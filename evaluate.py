@@ -210,21 +210,31 @@ def make_random_policy() -> Policy:
     return Policy(start=lambda *_: (), act=act)
 
 
-def largest_first(observation: Observation) -> jax.Array:
-    """All flat actions in the order of a simple rule, int32 [A]: the largest item first, for it the smallest space
-    that holds it. Illegal actions come last."""
+def _rule(observation: Observation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the simple rule looks at, [A] each: whether an action is legal, its item's volume, its space's volume."""
     x, y, z = observation.items
     ems = observation.ems
     space = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
-    legal = search_distill.legal_actions(observation)
-    volumes = jnp.broadcast_arrays(-(x * y * z)[None], space[:, None])
-    keys = (~legal, *(volume.reshape(-1) for volume in volumes), jnp.arange(legal.size))
-    return jax.lax.sort(keys, num_keys=3)[-1]
+    item, space = jnp.broadcast_arrays((x * y * z)[None], space[:, None])
+    return search_distill.legal_actions(observation), item.reshape(-1), space.reshape(-1)
+
+
+def largest_first(observation: Observation) -> jax.Array:
+    """The largest item into the smallest space that holds it, int32 []."""
+    legal, item, space = _rule(observation)
+    largest = legal & (item == jnp.where(legal, item, -1.0).max())
+    return jnp.where(largest, space, jnp.inf).argmin().astype(jnp.int32)
+
+
+def largest_first_order(observation: Observation) -> jax.Array:
+    """All flat actions in the order of that rule, int32 [A]: by item, then by space. Illegal actions come last."""
+    legal, item, space = _rule(observation)
+    return jax.lax.sort((~legal, -item, space, jnp.arange(legal.size)), num_keys=3)[-1]
 
 
 def make_largest_first_policy() -> Policy:
     def act(model, key, state, observation, memory):
-        return largest_first(observation)[0], None, memory
+        return largest_first(observation), None, memory
 
     return Policy(start=lambda *_: (), act=act)
 
@@ -236,7 +246,7 @@ def make_lookahead_policy(env: BinPack, num_candidates: int = 16) -> Policy:
     def complete(state: State, observation: Observation) -> jax.Array:
         def body(carry):
             state, observation, total = carry
-            state, timestep = search_distill.step_flat(env, state, largest_first(observation)[0])
+            state, timestep = search_distill.step_flat(env, state, largest_first(observation))
             return state, timestep.observation, total + timestep.reward
 
         init = (state, observation, jnp.float32(0.0))
@@ -247,7 +257,7 @@ def make_lookahead_policy(env: BinPack, num_candidates: int = 16) -> Policy:
             after, timestep = search_distill.step_flat(env, state, action)
             return timestep.reward + complete(after, timestep.observation)
 
-        actions = largest_first(observation)[:num_candidates]
+        actions = largest_first_order(observation)[:num_candidates]
         legal = search_distill.legal_actions(observation)[actions]
         return actions[jnp.where(legal, jax.vmap(outcome)(actions), -1.0).argmax()], None, memory
 

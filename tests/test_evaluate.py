@@ -101,19 +101,21 @@ def test_floors_need_no_checkpoint_and_equal_plain_loops(few_at_a_time, env, tmp
 def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(env, played):
     states, observations = played
     act = jax.jit(evaluate.make_lookahead_policy(env).act)
+    order_of, first_of = jax.jit(evaluate.largest_first_order), jax.jit(evaluate.largest_first)
     step = jax.jit(functools.partial(search_distill.step_flat, env))
     differs = 0
     for b in range(4):
         state, observation = jax.tree.map(lambda x, b=b: x[b, 3], (states, observations))
-        order = np.asarray(evaluate.largest_first(observation))
+        order = np.asarray(order_of(observation))
         legal = np.asarray(search_distill.legal_actions(observation))
-        assert legal[order[: legal.sum()]].all() and divmod(int(order[0]), 20) == rule(observation)
+        assert legal[order[: legal.sum()]].all() and order[0] == first_of(observation)
+        assert divmod(int(order[0]), 20) == rule(observation)
         outcomes = []
         for action in [a for a in order[:16] if legal[a]]:
             after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
             total = float(timestep.reward)
             while timestep.observation.action_mask.any():
-                after, timestep = step(after, jnp.int32(evaluate.largest_first(timestep.observation)[0]))
+                after, timestep = step(after, first_of(timestep.observation))
                 total += float(timestep.reward)
             outcomes.append(total)
         action = int(act((), None, state, observation, ())[0])
