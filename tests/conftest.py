@@ -1,5 +1,6 @@
 """Fixtures for all tests. JAX sees four CPU devices, so that one process can compare 1, 2 and 4 of them."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -92,6 +93,14 @@ def ppo_run(tmp_path_factory, ppo_words) -> Path:
     folder = tmp_path_factory.mktemp("ppo")
     run_once(folder, ppo.main, ppo_words("learning_rate_decay_iters=4"))
     return folder / "BinPack-v2" / "ppo" / "seed_0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """A process that keeps hundreds of compiled programs runs out of memory maps, and XLA ends it."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
