@@ -22,6 +22,7 @@ D model width, H attention heads, M minibatch.
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import functools
 import itertools
@@ -38,6 +39,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args
+from unittest import mock
 
 import haiku as hk
 import jax
@@ -295,8 +297,10 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, dict])
 
 def make_env() -> BinPack:
     """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
-    # Imported here and not at the top: Jumanji creates arrays when it is imported, which starts JAX's devices.
-    from jumanji.environments import BinPack
+    # Imported here and not at the top: Jumanji creates arrays when it is imported, which starts JAX's devices. In a
+    # notebook it would also switch the drawing of plots to a package that is not among its requirements (ipympl).
+    with mock.patch.dict(vars(builtins), {"__IPYTHON__": False}):
+        from jumanji.environments import BinPack
 
     class FastBinPack(BinPack):
         def _update_ems(self, state: State, item_id: jax.Array) -> State:

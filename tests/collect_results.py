@@ -4,6 +4,7 @@ and from `tests/results/floors.json`.
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
 takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
+A further folder of PPO, with fewer iterations, is for the comparison at equal decisions alone: its hours are not kept.
 Without arguments only the table is made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
@@ -89,6 +90,8 @@ def table(results: dict, floors: dict) -> str:
         )
     for group in results["groups"]:
         runs, config = group["runs"], group["config"]
+        if "hours" not in runs[0]["curve"][0]:
+            continue
         decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
         method = {"ppo": "PPO", "search_distill": "search distillation"}[group["method"]]
         cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
@@ -157,6 +160,10 @@ def main(argv: list[str]) -> None:
     if argv:
         device, *folders = argv
         groups = [collect(Path(folder)) for folder in folders]
+        for i, group in enumerate(groups):
+            if group["method"] in [before["method"] for before in groups[:i]]:
+                for point in (point for run in group["runs"] for point in run["curve"]):
+                    del point["hours"]
         RESULTS.write_text(json.dumps(dict(device=device, groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
     results, floors = (json.loads(path.read_text()) for path in (RESULTS, FLOORS))

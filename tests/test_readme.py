@@ -41,7 +41,8 @@ def small(name: str, words: list[str]) -> list[str]:
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words}
     config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
     keys = set(config.model_fields) - given
-    overrides = SMALL_WORDS if words else FULL  # The bare command keeps the full network and search.
+    full = not words and name == "train_search_distill_binpack.py"  # Keeps the full network and search.
+    overrides = FULL if full else SMALL_WORDS
     return [word for word in overrides if word.partition("=")[0] in keys]
 
 
@@ -56,7 +57,7 @@ def test_the_readme_has_the_commands_that_users_need():
 def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
-    full = not words
+    full = command == "train_search_distill_binpack.py"
     if "--help" not in words:
         words += small(name, words)
     run = subprocess.run(
@@ -94,7 +95,7 @@ def test_evaluation_commands_run_as_written(trained_folder, one_device, monkeypa
     monkeypatch.setattr(script, "instances_at_a_time", lambda devices: 4)
     for command in commands("evaluate"):
         words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
-        small = ["num_episodes=4", "num_simulations=2", "n=2"]
+        small = ["num_episodes=4", "num_simulations=4", "n=2"]
         assert evaluate.main(words + small) == 0
         out, err = capsys.readouterr()
         assert err == "" and ("+-" in out or "policy=[]" in words)
