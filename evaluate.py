@@ -402,25 +402,44 @@ def utilisation(state: State) -> float:
     return float(volume / ((box.x2 - box.x1) * (box.y2 - box.y1) * (box.z2 - box.z1)))
 
 
+def back_to_front(items: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> list[int]:
+    """The order in which boxes that do not overlap are painted, seen from large x, small y and large z, as matplotlib
+    looks at them. A box hides another only if no plane between them has the other on the viewer's side."""
+    lower, upper = lower * [1, -1, 1], upper * [1, -1, 1]
+    near, far = np.minimum(lower, upper), np.maximum(lower, upper)
+    order, rest = [], list(items)
+    while rest:
+        hides = lambda i, j: not (near[j] >= far[i]).any()
+        free = (j for j in rest if not any(hides(j, i) for i in rest if i != j))
+        order.append(next(free, rest[0]))
+        rest.remove(order[-1])
+    return order
+
+
 def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
     """Episodes on the same instance side by side, with their titles: a .gif of all steps or a .png of the last ones."""
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation
 
     figure = plt.figure(figsize=(5.5 * len(episodes), 4.2), layout="constrained")
-    axes = [figure.add_subplot(1, len(episodes), i + 1, projection="3d") for i in range(len(episodes))]
+    axes = [
+        figure.add_subplot(1, len(episodes), i + 1, projection="3d", proj_type="ortho", computed_zorder=False)
+        for i in range(len(episodes))
+    ]
     colours = plt.get_cmap("tab20").colors
 
     def draw(t: int) -> None:
         for ax, (title, states) in zip(axes, episodes):
             ax.clear()
             state = states[min(t, len(states) - 1)]
-            for i in np.flatnonzero(state.items_placed):
-                corner, size = ([float(x[i]) for x in lengths] for lengths in (state.items_location, state.items))
-                ax.bar3d(*corner, *size, color=colours[i % 20], edgecolor="black", linewidth=0.4, alpha=0.85)
+            lower = np.stack(state.items_location, -1).astype(float)
+            size = np.stack(state.items, -1).astype(float)
+            for zorder, i in enumerate(back_to_front(np.flatnonzero(state.items_placed), lower, lower + size)):
+                colour = colours[i % 20]
+                ax.bar3d(*lower[i], *size[i], color=colour, edgecolor="black", linewidth=0.5, zorder=zorder)
             box = jax.tree.map(float, state.container)
             ax.set(xlim=(box.x1, box.x2), ylim=(box.y1, box.y2), zlim=(box.z1, box.z2), xticks=[], yticks=[], zticks=[])
-            ax.set_box_aspect((box.x2 - box.x1, box.y2 - box.y1, box.z2 - box.z1), zoom=1.1)
+            ax.set_box_aspect((box.x2 - box.x1, box.y2 - box.y1, box.z2 - box.z1), zoom=0.95)
             placed, items = int(state.items_placed.sum()), int(state.items_mask.sum())
             ax.set_title(f"{title}\n{utilisation(state):.1%} of the volume, {placed} of {items} items", fontsize=9)
 

@@ -136,6 +136,18 @@ def test_pictures_of_one_instance_and_curves(search_run, ppo_run, tmp_path, monk
             assert image.format == "PNG" and len(set(image.convert("L").get_flattened_data())) > 20
 
 
+def test_boxes_are_painted_from_back_to_front():
+    """Eight octants of a cube: none is painted after one that it is hidden by, whatever their order was."""
+    lower = np.array(list(np.ndindex(2, 2, 2)), float)
+    for items in (np.arange(8), np.arange(8)[::-1], np.random.default_rng(0).permutation(8)):
+        order = evaluate.back_to_front(items, lower, lower + 1)
+        assert sorted(order) == list(range(8))
+        for after, i in enumerate(order):
+            x, y, z = lower[i]
+            hidden = [j for j in order[after + 1 :] if (lower[j] * [1, -1, 1] <= [x, -y, z]).all()]
+            assert not hidden
+
+
 def test_runs_of_the_same_name_are_told_apart(ppo_run, tmp_path, few_at_a_time):
     """Two losses, say, under two folders: their rows have names of their own, and their pictures and curves too."""
     other = tmp_path / "cispo" / "BinPack-v2" / "ppo" / "seed_0"
