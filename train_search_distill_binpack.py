@@ -659,6 +659,14 @@ def episode_metrics(trajectory: Trajectory, num_episodes: int) -> dict[str, jax.
 # ======================================================================================================================
 
 
+class Node(NamedTuple):
+    """What the search knows of a state."""
+
+    actions: jax.Array  # int32 [K], the legal flat actions of highest prior, best first
+    logits: jax.Array  # [K], their prior
+    value: jax.Array  # [], estimate of the return from here
+
+
 class Decision(NamedTuple):
     """What is kept of a search: its distribution over K actions and how it changed the prior."""
 
@@ -678,7 +686,7 @@ def make_search_policy(
 
     A node keeps its `search_width` best legal actions, so the tree's arrays are K wide and not 800. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
-    optimum; the memory carries the completion of the chosen child to the next root, which need not repeat it.
+    optimum. The memory is the next root: the chosen child has been evaluated by the search that chose it.
     """
     qtransform = functools.partial(
         mctx.qtransform_completed_by_mix_value,
@@ -687,50 +695,57 @@ def make_search_policy(
         rescale_values=config.rescale_values,
     )
 
-    def prior_and_value(model: Model, observation: Observation):
-        """-> (K flat actions, best first; their logits; the network's value)."""
+    def evaluate(model: Model, state: State, observation: Observation) -> Node:
         (logits, value), _ = network.apply(model.params, model.state, None, observation)
         logits, actions = jax.lax.top_k(logits, config.search_width)
-        return actions, logits, value
+        return Node(actions, logits, value)
 
-    def complete(model: Model, state: State, observation: Observation) -> jax.Array:
-        """The return of playing greedily from a state to the end, shape []."""
+    def complete(model: Model, state: State, observation: Observation) -> Node:
+        """The same with the return of playing greedily to the end as the value; the first pass gives the prior."""
 
         def body(carry):
-            state, observation, total, discount = carry
+            t, prior, state, observation, total, discount = carry
             (logits, _), _ = network.apply(model.params, model.state, None, observation)
             state, timestep = step_flat(env, state, jnp.argmax(logits))
-            return state, timestep.observation, total + discount * timestep.reward, discount * config.discount
+            prior = jnp.where(t == 0, logits, prior)
+            return (
+                t + 1,
+                prior,
+                state,
+                timestep.observation,
+                total + discount * timestep.reward,
+                discount * config.discount,
+            )
 
-        init = (state, observation, jnp.float32(0.0), jnp.float32(1.0))
-        return jax.lax.while_loop(lambda carry: is_decision(carry[1]), body, init)[2]
+        prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
+        init = (0, prior, state, observation, jnp.float32(0.0), jnp.float32(1.0))
+        _, prior, _, _, total, _ = jax.lax.while_loop(lambda carry: is_decision(carry[3]), body, init)
+        logits, actions = jax.lax.top_k(prior, config.search_width)
+        return Node(actions, logits, total)
+
+    make_node = complete if config.leaf_value == "completion" else evaluate
 
     def expand(model: Model, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
         state, actions = jax.tree.map(lambda x: x[0], embedding)
         state, timestep = step_flat(env, state, actions[action[0]])
-        actions, logits, value = prior_and_value(model, timestep.observation)
-        if config.leaf_value == "completion":
-            value = complete(model, state, timestep.observation)
+        node = make_node(model, state, timestep.observation)
         output = mctx.RecurrentFnOutput(
-            reward=timestep.reward, discount=config.discount * timestep.discount, prior_logits=logits, value=value
+            reward=timestep.reward,
+            discount=config.discount * timestep.discount,
+            prior_logits=node.logits,
+            value=node.value,
         )
-        return jax.tree.map(lambda x: x[None], (output, (state, actions)))
+        return jax.tree.map(lambda x: x[None], (output, (state, node.actions)))
 
-    def start(model: Model, state: State, observation: Observation):
-        return complete(model, state, observation) if config.leaf_value == "completion" else ()
-
-    def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
-        actions, logits, value = prior_and_value(model, observation)
-        if config.leaf_value == "completion":
-            value = memory
-        legal = legal_actions(observation)[actions]
-        root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=(state, actions))
+    def act(model: Model, key: jax.Array, state: State, observation: Observation, root: Node):
+        legal = legal_actions(observation)[root.actions]
+        output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root.actions))
         output = mctx.gumbel_muzero_policy(
             params=model,
             rng_key=key,
-            root=jax.tree.map(lambda x: x[None], root),
+            root=jax.tree.map(lambda x: x[None], output),
             recurrent_fn=expand,
             num_simulations=num_simulations,
             invalid_actions=~legal[None],
@@ -739,14 +754,15 @@ def make_search_policy(
             gumbel_scale=gumbel_scale,
         )
         output = jax.tree.map(lambda x: x[0], output)
-        if config.leaf_value == "completion":
-            memory = output.search_tree.raw_values[output.search_tree.children_index[0, output.action]]
-        prior = jax.nn.log_softmax(jnp.where(legal, logits, MASKED))
-        return actions[output.action], Decision(actions, output.action_weights, prior), memory
+        tree = output.search_tree
+        child = tree.children_index[0, output.action]
+        following = Node(tree.embeddings[1][child], tree.children_prior_logits[child], tree.raw_values[child])
+        prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
+        return root.actions[output.action], Decision(root.actions, output.action_weights, prior), following
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
     # to the episode's own key, so that an episode does not depend on the batch or device that plays it.
-    return Policy(start=start, act=act)
+    return Policy(start=make_node, act=act)
 
 
 # ======================================================================================================================

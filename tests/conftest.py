@@ -1,5 +1,6 @@
-"""Fixtures for all tests. JAX sees four CPU devices, so that one process can compare 1, 2 and 4 of them."""
+"""Fixtures for all tests. JAX sees one CPU device, here and in the processes that tests start."""
 
+import fcntl
 import gc
 import os
 import signal
@@ -7,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # And one only: compiled programs are kept for each number of devices.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"binpack-tests-cache-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
@@ -36,7 +37,7 @@ SMALL = dict(
     eval_interval=2,
     eval_batch_size=8,
     eval_num_simulations=0,
-    save_interval=2,
+    save_interval=1,
 )
 SMALL_SEARCH = ("num_simulations", "search_width", "max_num_considered_actions", "eval_num_simulations")
 SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
@@ -47,9 +48,9 @@ def flat_vector(tree) -> np.ndarray:
 
 
 def override(*words) -> list[str]:
-    """The words, and those of the small configuration whose keys are not among them."""
+    """The small form of preset=cpu with the words in it: one program serves nearly all runs of the tests."""
     keys = {word.split("=")[0] for word in words}
-    return [word for word in SMALL_WORDS if word.split("=")[0] not in keys] + list(words)
+    return ["preset=cpu", *(word for word in SMALL_WORDS if word.split("=")[0] not in keys), *words]
 
 
 @pytest.fixture(scope="session")
@@ -58,41 +59,37 @@ def ppo_words():
     return lambda *words: [word for word in override(*words) if word.split("=")[0] not in SMALL_SEARCH]
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs use one device; signal handlers are put back after the test."""
-    device = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda: device)
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run takes the signals; here they are given back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def run_once(folder: Path, main, words: list[str]) -> None:
-    device = jax.local_devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: device)
-        assert main([*words, f"save_dir={folder}"]) == 0
-
-
-LIKE_PRESET = ("leaf_value=completion", "num_epochs=2", "learning_rate_decay_iters=4")
+def run_once(tmp_path_factory, main, words: list[str]) -> Path:
+    """The folder of a finished run, made by the first worker that asks for it; the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / main.__module__
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            assert main([*words, f"save_dir={folder}.new"]) == 0
+            os.rename(f"{folder}.new", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def search_run(tmp_path_factory) -> Path:
     """The folder of an undisturbed run of search distillation, four iterations."""
-    folder = tmp_path_factory.mktemp("search")
-    run_once(folder, script.main, override(*LIKE_PRESET))
-    return folder / "BinPack-v2" / "nsim_2" / "seed_0"
+    return run_once(tmp_path_factory, script.main, override()) / "BinPack-v2" / "nsim_2" / "seed_0"
 
 
 @pytest.fixture(scope="session")
 def ppo_run(tmp_path_factory, ppo_words) -> Path:
     """The folder of an undisturbed run of PPO, four iterations."""
-    folder = tmp_path_factory.mktemp("ppo")
-    run_once(folder, ppo.main, ppo_words("learning_rate_decay_iters=4"))
-    return folder / "BinPack-v2" / "ppo" / "seed_0"
+    return run_once(tmp_path_factory, ppo.main, ppo_words()) / "BinPack-v2" / "ppo" / "seed_0"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import train_search_distill_binpack as script
@@ -91,6 +92,7 @@ def test_a_mistake_gives_one_line_and_status_2_and_writes_nothing(words, expecte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax, "local_devices", lambda: 4 * jax.devices())
     assert script.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ")

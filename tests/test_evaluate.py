@@ -18,8 +18,6 @@ from PIL import Image
 import evaluate
 import train_search_distill_binpack as search_distill
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 
 @pytest.fixture
 def few_at_a_time(monkeypatch):

@@ -1,4 +1,4 @@
-"""PPO: its estimators against plain loops, its iteration on several devices, and that it learns."""
+"""PPO: its estimators against plain loops, its runs, and that it learns."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, SMALL_SEARCH, flat_vector
+from conftest import SMALL, SMALL_SEARCH
 
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
@@ -150,37 +150,22 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
     assert float(loss) == pytest.approx(total, rel=2e-4)
 
 
-def iterate_on(env, network, config, num_devices: int, iterations: int):
-    devices = jax.local_devices()[:num_devices]
-    state = ppo.replicate(ppo.init_train_state(env, network, config), devices)
-    iterate = ppo.make_train_iteration(env, network, config, num_devices)
-    iterate = jax.pmap(iterate, axis_name=ppo.DEVICES, devices=devices)
-    states, metrics = [], []
+def iterate_on(env, network, config, iterations: int) -> list[dict]:
+    """The metrics of the first iterations."""
+    state = ppo.replicate(ppo.init_train_state(env, network, config), jax.local_devices())
+    iterate = jax.pmap(ppo.make_train_iteration(env, network, config, 1), axis_name=ppo.DEVICES)
+    rows = []
     for _ in range(iterations):
-        state, row = iterate(state)
-        states.append(ppo.host_copy(state))
-        metrics.append(ppo.host_copy(row))
-    return states, metrics
-
-
-def test_gradients_parameters_and_metrics_are_equal_on_1_2_and_4_devices(env, network, ppo_config):
-    """Parameters may differ by a step of Adam where a gradient is 0 but for rounding, and so is its sign."""
-    ((one,), (metrics,)), *others = (iterate_on(env, network, ppo_config, count, 1) for count in (1, 2, 4))
-    moments = lambda state: flat_vector(state.opt_state[1].mu)  # A weighted sum of the clipped gradients.
-    for (state,), (row,) in others:
-        np.testing.assert_allclose(moments(state), moments(one), rtol=1e-3, atol=1e-4)
-        difference = np.abs(flat_vector(state.params) - flat_vector(one.params))
-        assert difference.max() < 4e-3 and np.mean(difference > 1e-4) < 0.01
-        assert row.keys() == metrics.keys()
-        for key in row:
-            assert row[key] == pytest.approx(metrics[key], rel=1e-3, abs=1e-5), key
+        state, metrics = iterate(state)
+        rows.append(ppo.host_copy(metrics))
+    return rows
 
 
 def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_config):
     """With steps too small to change anything, each ratio is 1 (the network sees an action under the view that it was
     drawn from), and the surrogate is minus the mean of the trained rows' normalised advantages."""
     still = ppo_config.model_copy(update=dict(learning_rate=1e-12))
-    _, (row,) = iterate_on(env, network, still, 1, 1)
+    (row,) = iterate_on(env, network, still, 1)
     assert row["train/clip_fraction"] == 0.0 and 0.0 <= row["train/approx_kl"] < 1e-8
 
     state = ppo.init_train_state(env, network, still)
@@ -205,7 +190,7 @@ def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, 
 
 def test_learning_raises_the_return_and_explains_the_value(env, network, ppo_config):
     changes = dict(rollout_batch_size=64, training_batch_size=128, learning_rate=3e-3)
-    _, rows = iterate_on(env, network, ppo_config.model_copy(update=changes), 1, 20)
+    rows = iterate_on(env, network, ppo_config.model_copy(update=changes), 20)
     first, last = (np.mean([row["rollout/avg_return"] for row in part]) for part in (rows[:3], rows[-3:]))
     assert last > first + 0.04
     assert rows[-1]["train/entropy"] < rows[0]["train/entropy"]
@@ -222,9 +207,9 @@ def test_a_run_logs_what_the_other_method_logs_and_what_is_its_own(ppo_run, sear
     assert ppo.find_checkpoints(ppo_run)[-1].name == "iter_000004.pkl"
 
 
-def test_two_iterations_and_two_more_equal_four(ppo_run, tmp_path, one_device, ppo_words):
-    for words in (["max_num_iters=2", "learning_rate_decay_iters=4"], ["resume=auto", "learning_rate_decay_iters=4"]):
-        assert ppo.main([*ppo_words(*words), f"save_dir={tmp_path}"]) == 0
+def test_two_iterations_and_two_more_equal_four(ppo_run, tmp_path, ppo_words):
+    for word in ("max_num_iters=2", "resume=auto"):
+        assert ppo.main([*ppo_words(word), f"save_dir={tmp_path}"]) == 0
     files = [ppo_run / "iter_000004.pkl", tmp_path / "BinPack-v2" / "ppo" / "seed_0" / "iter_000004.pkl"]
     undisturbed, resumed = (ppo.read_checkpoint(file) for file in files)
     for key in ("model", "opt_state", "iteration", "frames"):

@@ -2,7 +2,6 @@
 
 import glob
 import json
-import os
 import re
 import shlex
 import shutil
@@ -63,7 +62,6 @@ def test_command_runs_as_written(command, tmp_path):
     run = subprocess.run(
         [sys.executable, name, *words],
         cwd=tmp_path,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -89,7 +87,7 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_evaluation_commands_run_as_written(trained_folder, one_device, monkeypatch, capsys):
+def test_evaluation_commands_run_as_written(trained_folder, monkeypatch, capsys):
     """Within this process, on few instances; the first one also as its users call it."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setattr(script, "instances_at_a_time", lambda devices: 4)
@@ -102,14 +100,12 @@ def test_evaluation_commands_run_as_written(trained_folder, one_device, monkeypa
     for name in ("scores.json", "episode.gif", "curves.png"):
         assert (trained_folder / name).stat().st_size > 500
     command = shlex.split(commands("evaluate")[0])
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
 
 
-def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder, monkeypatch):
+def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder):
     """In a real kernel. The pickle's cell comes first and needs numpy alone."""
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) >= 3
     snippets.sort(key=lambda snippet: not snippet.startswith("import pickle"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
+import pytest
 
 import train_search_distill_binpack as script
 
@@ -82,13 +83,12 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     np.testing.assert_allclose(weights[same], expected_weights[same], atol=1e-4)
 
 
-def best_return(env, state, observation) -> float:
+def best_return(step, state, observation) -> float:
     """The largest return from a state, by trying everything."""
-    step = jax.jit(functools.partial(script.step_flat, env))
     best = 0.0
     for action in np.flatnonzero(np.asarray(observation.action_mask).reshape(-1)):
         after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
-        best = max(best, float(timestep.reward) + best_return(env, after, timestep.observation))
+        best = max(best, float(timestep.reward) + best_return(step, after, timestep.observation))
     return best
 
 
@@ -102,12 +102,13 @@ def test_search_finds_the_optimum_of_small_endgames(env, network, config, model,
     states, observations = jax.tree.map(lambda x: x[:24], (states, observations))
     policy = script.make_search_policy(env, network, config, 128, 0.0)
     actions, _ = act_on(policy, model, states, observations)
+    step = jax.jit(functools.partial(script.step_flat, env))
     optimal, choices = 0, 0
     for i, action in enumerate(np.asarray(actions)):
         state, observation = jax.tree.map(lambda x, i=i: x[i], (states, observations))
-        best = best_return(env, state, observation)
-        after, timestep = script.step_flat(env, jax.tree.map(lambda x: x, state), jnp.int32(action))
-        achieved = float(timestep.reward) + best_return(env, after, timestep.observation)
+        best = best_return(step, state, observation)
+        after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
+        achieved = float(timestep.reward) + best_return(step, after, timestep.observation)
         optimal += abs(achieved - best) < 1e-6
         choices += 1
     assert choices >= 10 and optimal == choices
@@ -126,7 +127,7 @@ def test_search_improves_expected_q_at_every_state(env, network, config, model, 
 
     def q_value(state, action):
         state, timestep = script.step_flat(env, state, action)
-        return timestep.reward + timestep.discount * policy.start(model, state, timestep.observation)
+        return timestep.reward + timestep.discount * policy.start(model, state, timestep.observation).value
 
     q = jax.jit(jax.vmap(jax.vmap(q_value, in_axes=(None, 0))))(states, decision.actions[:, :8])
     prior = np.exp(np.asarray(decision.prior))[:, :8]
@@ -136,22 +137,25 @@ def test_search_improves_expected_q_at_every_state(env, network, config, model, 
     assert (gain > -1e-6).all() and gain.max() > 1e-4
 
 
-def test_carried_completion_equals_a_new_one(env, network, config, model, played):
-    """The value carried to the next root is the completion that a search from there would have computed."""
+@pytest.mark.parametrize("leaf_value", ["network", "completion"])
+def test_the_carried_root_equals_a_new_one(leaf_value, env, network, config, model, played):
+    """What a search hands on as the next root is what evaluating that state anew gives."""
     states, observations = rows(played, script.is_decision(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
-    config = config.model_copy(update=dict(leaf_value="completion"))
-    policy = script.make_search_policy(env, network, config, 4, 1.0)
+    config = config.model_copy(update=dict(leaf_value=leaf_value))
+    policy = script.make_search_policy(env, network, config, 2, 1.0)
 
     def carry(key, state, observation):
-        action, _, memory = policy.act(model, key, state, observation, policy.start(model, state, observation))
+        action, _, root = policy.act(model, key, state, observation, policy.start(model, state, observation))
         state, timestep = script.step_flat(env, state, action)
-        return memory, policy.start(model, state, timestep.observation)
+        return root, policy.start(model, state, timestep.observation), script.is_decision(timestep.observation)
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
-    carried, fresh = jax.jit(jax.vmap(carry))(keys, states, observations)
-    assert float(fresh.max()) > 0.05
-    np.testing.assert_array_equal(carried, fresh)
+    carried, fresh, goes_on = jax.jit(jax.vmap(carry))(keys, states, observations)
+    assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
+    np.testing.assert_array_equal(carried.actions, fresh.actions)
+    np.testing.assert_allclose(carried.logits, fresh.logits, atol=1e-5)
+    np.testing.assert_allclose(carried.value, fresh.value, atol=1e-6)
 
 
 def test_terminal_nodes_have_no_value(model, apply, played):
