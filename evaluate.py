@@ -307,11 +307,9 @@ def score(name: str, pairs: list[tuple[Policy, Any]], env: BinPack, keys: np.nda
     The speed is that of trying everything on as many instances as the devices play at a time: the decisions of the
     episodes that count, over the time of all that were played for them. Compilation is not in it.
     """
-    devices = jax.local_devices()
-    size = search_distill.instances_at_a_time(devices)
-    players = {policy: search_distill.make_player(env, policy, devices) for policy, _ in pairs}
+    size = search_distill.instances_at_a_time()
+    players = {policy: search_distill.make_player(env, policy) for policy, _ in pairs}
     seconds: dict[Policy, list[float]] = {policy: [] for policy in players}  # The first compiles.
-    copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * len(devices)), tree)
 
     def timed(policy: Policy, model: Any, keys: np.ndarray) -> Episodes:
         start = time.perf_counter()
@@ -331,13 +329,13 @@ def score(name: str, pairs: list[tuple[Policy, Any]], env: BinPack, keys: np.nda
         for policy, model in pairs:
             play = functools.partial(in_pieces, policy)
             if episodes is None:
-                episodes = play(copies(model), keys)
+                episodes = play(search_distill.replicate(model), keys)
             else:
                 bar.update(int(episodes.solved.sum()))
-                episodes = search_distill.keep_better(play, copies(model), keys, episodes)
+                episodes = search_distill.keep_better(play, search_distill.replicate(model), keys, episodes)
     for policy, model in pairs:
         while len(seconds[policy]) < 2:
-            timed(policy, copies(model), keys[:size])
+            timed(policy, search_distill.replicate(model), keys[:size])
     cost = sum(np.median(seconds[policy][1:]) for policy, _ in pairs)
     return episodes, float(np.resize(episodes.steps, size).sum() / cost)
 
@@ -564,7 +562,7 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
     if rows:
         print(table(rows))
     if config.json:
-        device = f"{len(jax.local_devices())} x {jax.local_devices()[0].device_kind}"
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         results = dict(command=shlex.join(["python", "evaluate.py", *words]), commit=commit(), device=device)
         results |= dict(versions=search_distill.library_versions(), **config.model_dump(mode="json"), rows=rows)
         Path(config.json).write_text(json.dumps(results, indent=1) + "\n")

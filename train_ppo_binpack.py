@@ -48,6 +48,7 @@ import numpy as np
 import optax
 import tqdm
 import wandb
+from jax.experimental import multihost_utils
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -74,6 +75,8 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 DEVICES = "devices"  # The pmapped axis.
 MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
 NUM_ACTIONS = 800
+NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "compilation_cache_dir", "distributed", "coordinator_address",
+                     "num_processes", "process_id")  # fmt: skip
 
 
 class RunConfig(BaseModel):
@@ -116,6 +119,11 @@ class RunConfig(BaseModel):
     compilation_cache_dir: str = Field(
         "~/.cache/search-distill-binpack", description="folder for compiled programs (empty: no cache)"
     )
+    # Several processes. Slurm, Open MPI, Kubernetes and TPU pods tell the last three.
+    distributed: bool = Field(False, description="this process is one of several that make one run together")
+    coordinator_address: str = Field("", description="host:port of process 0, where the cluster does not tell")
+    num_processes: CountOrZero = Field(0, description="number of processes, likewise")
+    process_id: CountOrZero = Field(0, description="number of this process from 0, likewise")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -141,6 +149,12 @@ class RunConfig(BaseModel):
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
+        given = bool(self.coordinator_address), self.num_processes > 0, self.process_id > 0
+        if any(given) and not (self.distributed and given[0] and self.process_id < self.num_processes):
+            raise ValueError(
+                "coordinator_address, num_processes and process_id (below num_processes) belong together; type"
+                " distributed=true coordinator_address=HOST:PORT num_processes=2 process_id=0, or none of them"
+            )
         return self
 
 
@@ -867,13 +881,14 @@ def apply_gradients(
     return optax.apply_updates(params, updates), opt_state
 
 
-def replicate(tree: Any, devices: list) -> Any:
+def replicate(tree: Any) -> Any:
     """Adds a leading axis with one copy for each device, as pmap takes it."""
-    return jax.pmap(lambda _: tree, axis_name=DEVICES, devices=devices)(jnp.arange(len(devices)))
+    copy = jax.pmap(lambda tree, _: tree, axis_name=DEVICES, in_axes=(None, 0))
+    return copy(tree, np.arange(jax.local_device_count()))
 
 
 def host_copy(tree: Any) -> Any:
-    """The first device's copy of a replicated tree, as numpy arrays."""
+    """One device's copy of a replicated tree, as numpy arrays."""
     return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
 
 
@@ -883,9 +898,9 @@ def host_copy(tree: Any) -> Any:
 
 
 def make_train_iteration(
-    env: BinPack, network: hk.TransformedWithState, config: Config, num_devices: int
+    env: BinPack, network: hk.TransformedWithState, config: Config
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns iterate(state) -> (state, metrics), to be pmapped over `num_devices` with axis name DEVICES.
+    """Returns iterate(state) -> (state, metrics), to be pmapped over all devices with axis name DEVICES.
 
     Each device plays its share of the episodes; the rows are gathered, their advantages normalised and their order
     shuffled the same way everywhere, and each device takes its share of every minibatch. So neither the data nor the
@@ -897,7 +912,7 @@ def make_train_iteration(
 
     def minibatch_step(carry, rows, net_state, samples: Samples, rate: jax.Array):
         params, opt_state = carry
-        rows = local_share(rows, config.training_batch_size // num_devices)
+        rows = local_share(rows, config.training_batch_size // jax.device_count())
         batch = jax.tree.map(lambda x: x[rows], samples)
         seen = jax.vmap(permute_axes)(batch.observation, batch.decision.permutation)
         batch = batch._replace(observation=seen)
@@ -908,7 +923,7 @@ def make_train_iteration(
 
     def iterate(state: TrainState):
         collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
-        keys = local_keys(collect_key, config.rollout_batch_size // num_devices)
+        keys = local_keys(collect_key, config.rollout_batch_size // jax.device_count())
         trajectory = rollout(Model(state.params, state.net_state), keys)
 
         samples = make_samples(trajectory, config)
@@ -956,27 +971,27 @@ def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
     return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
 
 
-def instances_at_a_time(devices: list) -> int:
+def instances_at_a_time() -> int:
     """How many instances the devices play together. Few, on a CPU, so that they fit its caches."""
-    return len(devices) * (64 if devices[0].platform == "cpu" else 1024)
+    return jax.device_count() * (64 if jax.default_backend() == "cpu" else 1024)
 
 
-def make_player(env: BinPack, policy: Policy, devices: list) -> Callable[[Model, np.ndarray], Episodes]:
+def make_player(env: BinPack, policy: Policy) -> Callable[[Model, np.ndarray], Episodes]:
     """Returns play(replicated model, keys [N, 2]) -> Episodes. Chunks of one size serve every N with one program."""
     rollout = make_rollout(env, policy)
-    share = instances_at_a_time(devices) // len(devices)
+    size = instances_at_a_time()
 
     def play_chunk(model, keys):
-        trajectory = rollout(model, keys)
-        return Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
+        trajectory = rollout(model, local_share(keys, size // jax.device_count()))
+        episodes = Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
+        return jax.lax.all_gather(episodes, DEVICES, tiled=True)
 
-    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, devices=devices)
+    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, in_axes=(0, None))
 
     def play(model: Model, keys: np.ndarray) -> Episodes:
-        num_chunks = -(-len(keys) // (len(devices) * share))
-        chunks = np.resize(keys, (num_chunks, len(devices), share, 2))  # Repeats fill the last chunk.
-        played = jax.device_get([play_chunk(model, chunk) for chunk in chunks])
-        return Episodes(*(np.concatenate([np.ravel(x) for x in field])[: len(keys)] for field in zip(*played)))
+        chunks = np.resize(keys, (-(-len(keys) // size), size, 2))  # Repeats fill the last chunk.
+        played = [play_chunk(model, chunk) for chunk in chunks]
+        return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*map(host_copy, played))))
 
     return play
 
@@ -1003,11 +1018,11 @@ def is_due(config: RunConfig, iteration: int, interval: int) -> bool:
 
 
 def make_evaluate(
-    env: BinPack, network: hk.TransformedWithState, config: Config, devices: list
+    env: BinPack, network: hk.TransformedWithState, config: Config
 ) -> Callable[[Model, int], dict[str, Episodes]]:
     """Returns evaluate(replicated model, iteration) -> the episodes of each evaluation that is due, by name."""
     keys = evaluation_keys(config.eval_seed, config.eval_batch_size)
-    play_greedy = make_player(env, make_greedy_policy(network), devices)
+    play_greedy = make_player(env, make_greedy_policy(network))
 
     def evaluate(model: Model, iteration: int) -> dict[str, Episodes]:
         return {"greedy": play_greedy(model, keys)} if is_due(config, iteration, config.eval_interval) else {}
@@ -1236,6 +1251,11 @@ class RunLog:
         """A line that stays above the progress bar."""
         self.bar.write(line)
 
+    def advance(self, line: str) -> None:
+        """One iteration more on the progress bar, with a line that stands beside it."""
+        self.bar.set_postfix_str(line)
+        self.bar.update()
+
     def record(self, row: dict[str, float]) -> None:
         """One row an iteration: `iteration`, `frames` (decisions so far), `hours`, and the metrics."""
         self._file.write(json.dumps(row) + "\n")
@@ -1254,6 +1274,12 @@ class RunLog:
                 self._wandb.finish()
             except Exception as error:
                 print(f"W&B did not finish ({type(error).__name__}: {error}); the log is {self.path}")
+
+
+class NoLog:
+    """The log of a process that is not the first: the first one writes for all."""
+
+    say = advance = record = close = lambda self, *_: None
 
 
 def _rows_up_to(path: Path, iteration: int) -> list[str]:
@@ -1309,6 +1335,62 @@ class StopRequest:
 
 
 # ======================================================================================================================
+# Several processes (twin section: the same in both training scripts)
+# ======================================================================================================================
+
+
+def join_processes(config: RunConfig) -> None:
+    """Makes this process one of several with JAX's own runtime; comes before the first use of a device.
+
+    A process that hears nothing of another for half a minute ends. Raises `UsageError` if they do not find together
+    or were not given the same configuration."""
+    if not config.distributed:
+        return
+    keys = ("coordinator_address", "num_processes", "process_id")
+    given = {key: getattr(config, key) for key in keys} if config.coordinator_address else {}
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=30)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"distributed=true: the processes did not find together ({str(error).splitlines()[0]}); start all of them,"
+            " by a cluster's launcher or with coordinator_address, num_processes and process_id"
+        ) from None
+    mine = config.model_dump(mode="json", exclude={"process_id"})
+    theirs = from_first_process(mine)
+    others = [f"{key}={_as_typed(mine[key])}, not {_as_typed(theirs[key])}" for key in mine if mine[key] != theirs[key]]
+    if in_any_process(bool(others)):
+        what = f"process {jax.process_index()} was given {', '.join(others)}" if others else "another one was not"
+        raise UsageError(f"distributed=true: expected the keys of process 0 in every process; {what}")
+
+
+def from_first_process(value: Any) -> Any:
+    """The plain value that process 0 has, in every process."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether a flag is set in any process; all have to ask together."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def on_first_process(function: Callable[[], Any]) -> Any:
+    """What the function returns, called in process 0 alone. Where it raises `UsageError` every process ends."""
+    result = error = None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except UsageError as raised:
+            error = raised
+    if from_first_process(error is not None):
+        raise error or SystemExit(2)  # Said once, by process 0.
+    return from_first_process(result)
+
+
+# ======================================================================================================================
 # Main (twin section: the same in both training scripts)
 # ======================================================================================================================
 
@@ -1338,15 +1420,18 @@ def use_compilation_cache(folder: str) -> None:
 
 def train(config: RunConfig, preset: str) -> int:
     """Runs or resumes a training run; returns the exit status."""
-    devices = jax.local_devices()
+    join_processes(config)
+    num_devices, is_first = jax.device_count(), jax.process_index() == 0
     for key in ("rollout_batch_size", "training_batch_size"):
         value = getattr(config, key)
-        if value % len(devices):
-            nearest = max(round(value / len(devices)), 1) * len(devices)
-            raise UsageError(f"{key}={value}: expected a multiple of the {len(devices)} devices; type {key}={nearest}")
+        if value % num_devices:
+            nearest = max(round(value / num_devices), 1) * num_devices
+            raise UsageError(f"{key}={value}: expected a multiple of the {num_devices} devices; type {key}={nearest}")
     use_compilation_cache(config.compilation_cache_dir)
     stop = StopRequest()
-    checkpoint = prepare_run(config)
+    if not is_first:
+        sys.stdout = None  # The first process speaks, and writes, for all.
+    checkpoint = on_first_process(lambda: prepare_run(config))
     env, network = make_env(), make_network(config)
     state = init_train_state(env, network, config)
     frames, seconds_before, wandb_id = 0, 0.0, uuid.uuid4().hex[:8]
@@ -1354,7 +1439,7 @@ def train(config: RunConfig, preset: str) -> int:
         changed = {
             key: (_as_typed(checkpoint["config"].get(key)), _as_typed(value))
             for key, value in config.model_dump(mode="json").items()
-            if checkpoint["config"].get(key) != value and key not in ("resume", "overwrite", "save_dir")
+            if checkpoint["config"].get(key) != value and key not in NOT_OF_THE_RESULT
         }
         params, net_state = checkpoint["model"]
         saved = [*jax.tree.leaves((params, net_state)), *checkpoint["opt_state"]]
@@ -1370,20 +1455,19 @@ def train(config: RunConfig, preset: str) -> int:
     iteration = int(state.iteration)
 
     run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
-    kind = f"{len(devices)} x {devices[0].device_kind}"
+    kind = f"{num_devices} x {jax.devices()[0].device_kind}"
     print(f"{run_dir}: {num_params:,} parameters, {kind}, from iteration {iteration}")
-    if devices[0].platform == "cpu" and preset == "full":
+    if jax.default_backend() == "cpu" and preset == "full":
         seconds = estimate_seconds(env, network, config, state)
         print(
             f"No accelerator: an iteration will take about {seconds:,.1f} s here, {config.max_num_iters} of them"
             f" {seconds * config.max_num_iters / 3600:,.1f} h. preset=cpu is a complete run for two cores."
         )
 
-    log = RunLog(config, iteration, wandb_id)
-    state = replicate(state, devices)
-    iterate = make_train_iteration(env, network, config, len(devices))
-    iterate = jax.pmap(iterate, axis_name=DEVICES, devices=devices, donate_argnums=0)
-    evaluate = make_evaluate(env, network, config, devices)
+    log = RunLog(config, iteration, wandb_id) if is_first else NoLog()
+    state = replicate(state)
+    iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
+    evaluate = make_evaluate(env, network, config)
     start = time.perf_counter()
 
     def evaluation_metrics() -> dict[str, float]:
@@ -1402,6 +1486,8 @@ def train(config: RunConfig, preset: str) -> int:
         return seconds_before + time.perf_counter() - start
 
     def save() -> None:
+        if not is_first:
+            return
         model = host_copy(Model(state.params, state.net_state))
         contents = dict(
             format_version=FORMAT_VERSION,
@@ -1417,10 +1503,11 @@ def train(config: RunConfig, preset: str) -> int:
         )
         write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
 
+    stopped = in_any_process(stop.made)
     try:
-        if iteration == 0 and not stop.made:
+        if iteration == 0 and not stopped:
             log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluation_metrics())
-        while iteration < config.max_num_iters and not stop.made:
+        while iteration < config.max_num_iters and not stopped:
             began = time.perf_counter()
             state, metrics = iterate(state)
             metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # The iteration's one synchronisation.
@@ -1433,16 +1520,16 @@ def train(config: RunConfig, preset: str) -> int:
             log.record({"iteration": iteration, "frames": frames, "hours": hours} | metrics | evaluation_metrics())
             if is_due(config, iteration, config.save_interval):
                 save()
-            log.bar.set_postfix_str(
+            log.advance(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
             )
-            log.bar.update()
+            stopped = in_any_process(stop.made)
         if not is_due(config, iteration, config.save_interval):
             save()
     finally:
         log.close()
-    if stop.made and iteration < config.max_num_iters:
+    if stopped and iteration < config.max_num_iters:
         print(f"Stopped at iteration {iteration}; the same command with resume=auto (no overwrite) continues.")
     else:
         print(f"Done: {run_dir}/iter_{iteration:06d}.pkl")
@@ -1460,6 +1547,13 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: a process of this run ended ({reason}); start all again with resume=auto", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # An orderly exit would wait for the lost process.
 
 
 if __name__ == "__main__":

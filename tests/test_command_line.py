@@ -92,7 +92,7 @@ def test_a_mistake_gives_one_line_and_status_2_and_writes_nothing(words, expecte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(jax, "local_devices", lambda: 4 * jax.devices())
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert script.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ")

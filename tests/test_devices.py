@@ -1,9 +1,11 @@
-"""A run is the same on 1, 2 and 4 devices: whole runs of the scripts, against those of the other tests on one."""
+"""A run is the same on 1, 2 and 4 devices and in two processes: whole runs, against those of the other tests."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,61 @@ def assert_same_run(run_dir: Path, one_device: Path) -> None:
     np.testing.assert_allclose(a[learned], b[learned], atol=1e-3)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-def test_search_distillation_on_several_devices(num_devices, search_run, tmp_path):
-    run_dir = run_on(num_devices, "train_search_distill_binpack.py", override("max_num_iters=3"), tmp_path)
+def test_search_distillation_on_two_devices(search_run, tmp_path):
+    run_dir = run_on(2, "train_search_distill_binpack.py", override("max_num_iters=3"), tmp_path)
     assert_same_run(run_dir, search_run)
 
 
-def test_ppo_on_several_devices(ppo_run, ppo_words, tmp_path):
+def test_ppo_on_four_devices(ppo_run, ppo_words, tmp_path):
     run_dir = run_on(4, "train_ppo_binpack.py", ppo_words("max_num_iters=3"), tmp_path)
     assert_same_run(run_dir, ppo_run)
+
+
+def start_two(save_dir: Path, *words: str, of_the_second: tuple = ()) -> list[subprocess.Popen]:
+    """Two processes of two devices each that make one run."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    words = [*override(*words), "distributed=true", f"coordinator_address={address}", "num_processes=2"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train_search_distill_binpack.py"), *words, *more, f"save_dir={save_dir}"],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for more in (["process_id=0"], ["process_id=1", *of_the_second])
+    ]  # fmt: skip
+
+
+def test_two_processes_make_one_run_and_none_outlives_the_other(search_run, tmp_path):
+    """Four devices, two in each process, against one; a process is killed, and resume=auto goes on."""
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    first, second = start_two(tmp_path, "max_num_iters=100")
+    deadline = time.time() + 300
+    while time.time() < deadline and first.poll() is None and not (run_dir / "iter_000003.pkl").exists():
+        time.sleep(0.1)
+    second.kill()
+    killed = time.time()
+    _, err = first.communicate(timeout=100)
+    assert time.time() - killed < 60 and first.returncode not in (0, 2), err
+    assert "a process of this run ended" in err or "JAX distributed service" in err, err
+    assert_same_run(run_dir, search_run)
+
+    newest = script.read_checkpoint(script.find_checkpoints(run_dir)[-1])["iteration"]
+    processes = start_two(tmp_path, f"max_num_iters={newest + 1}", "learning_rate_decay_iters=100", "resume=auto")
+    (out, err), (silence, other_err) = (process.communicate(timeout=300) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], err + other_err
+    assert f"4 x cpu, from iteration {newest}" in out and f"Done: {run_dir}/iter_{newest + 1:06d}.pkl" in out
+    assert silence == ""
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"metrics.jsonl", *(f"iter_{i:06d}.pkl" for i in range(1, newest + 2))}
+    rows = [json.loads(line)["iteration"] for line in (run_dir / "metrics.jsonl").open()]
+    assert rows == list(range(newest + 2))
+
+
+def test_processes_with_different_configurations_stop_with_a_clear_line(tmp_path):
+    processes = start_two(tmp_path, of_the_second=("permute_axes=false",))
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "process 1 was given permute_axes=false, not true" in errors[1] and "error: distributed=true" in errors[0]
+    assert not any("Traceback" in error for error in errors) and list(tmp_path.iterdir()) == []

@@ -6,18 +6,16 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jumanji.environments.packing.bin_pack.types import Item, Location, Space
 from measure_environment import compare_episodes
 
 import train_search_distill_binpack as script
 
 
-@pytest.mark.parametrize("kind, overflow_at_least", [("random", 100), ("searched", 0)])
-def test_every_field_of_state_and_timestep_equals_jumanji(kind, overflow_at_least):
-    result = compare_episodes(kind, 128, seed=100)
-    assert result["steps"] > 128 * 10
-    assert result["overflow_states"] >= overflow_at_least
+def test_every_field_of_state_and_timestep_equals_jumanji():
+    """The quick form of measure_environment.py, whose committed figures have heuristic and searched episodes as well."""
+    result = compare_episodes("random", 128, seed=100)
+    assert result["steps"] > 128 * 10 and result["overflow_states"] >= 100
     assert result["differing_fields"] == []
 
 

@@ -22,7 +22,7 @@ import train_search_distill_binpack as search_distill
 @pytest.fixture
 def few_at_a_time(monkeypatch):
     """Small chunks, where a test plays few instances and needs no figure of a training run."""
-    monkeypatch.setattr(search_distill, "instances_at_a_time", lambda devices: 4 * len(devices))
+    monkeypatch.setattr(search_distill, "instances_at_a_time", lambda: 4)
 
 
 def run(tmp_path, *words) -> dict:
@@ -163,7 +163,7 @@ def test_speed_is_that_of_all_attempts(few_at_a_time, env, monkeypatch):
     clock, cost = [0.0], {"a": 1.0, "b": 2.0}
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
 
-    def make_player(env, policy, devices):
+    def make_player(env, policy):
         def play(model, keys):
             clock[0] += cost[policy]
             return search_distill.Episodes(np.full(len(keys), 0.5), np.full(len(keys), 10), np.zeros(len(keys), bool))

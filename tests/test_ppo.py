@@ -152,8 +152,8 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
 
 def iterate_on(env, network, config, iterations: int) -> list[dict]:
     """The metrics of the first iterations."""
-    state = ppo.replicate(ppo.init_train_state(env, network, config), jax.local_devices())
-    iterate = jax.pmap(ppo.make_train_iteration(env, network, config, 1), axis_name=ppo.DEVICES)
+    state = ppo.replicate(ppo.init_train_state(env, network, config))
+    iterate = jax.pmap(ppo.make_train_iteration(env, network, config), axis_name=ppo.DEVICES)
     rows = []
     for _ in range(iterations):
         state, metrics = iterate(state)

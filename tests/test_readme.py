@@ -90,7 +90,7 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
 def test_evaluation_commands_run_as_written(trained_folder, monkeypatch, capsys):
     """Within this process, on few instances; the first one also as its users call it."""
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setattr(script, "instances_at_a_time", lambda devices: 4)
+    monkeypatch.setattr(script, "instances_at_a_time", lambda: 4)
     for command in commands("evaluate"):
         words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
         small = ["num_episodes=4", "num_simulations=4", "n=2"]

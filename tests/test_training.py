@@ -128,8 +128,8 @@ def test_training_changes_every_parameter(env, search_run):
 
 
 def test_the_first_instances_of_a_large_evaluation_are_those_of_a_small_one(env, network, config, model):
-    play = script.make_player(env, script.make_greedy_policy(network), jax.local_devices())
-    replicated = script.replicate(model, jax.local_devices())
+    play = script.make_player(env, script.make_greedy_policy(network))
+    replicated = script.replicate(model)
     many, few = (play(replicated, script.evaluation_keys(config.eval_seed, count)) for count in (70, 6))
     assert all(np.array_equal(a[:6], b) for a, b in zip(many, few))
     means = script.summarise(many)
@@ -155,9 +155,8 @@ def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
 def test_learning_reduces_the_loss(env, network, config):
     """A few iterations on a fixed seed: the cross-entropy falls and the return of the search's play rises."""
     config = config.model_copy(update=dict(num_epochs=4, learning_rate=3e-3, rollout_batch_size=32))
-    devices = jax.local_devices()[:1]
-    state = script.replicate(script.init_train_state(env, network, config), devices)
-    iterate = jax.pmap(script.make_train_iteration(env, network, config, 1), axis_name=script.DEVICES, devices=devices)
+    state = script.replicate(script.init_train_state(env, network, config))
+    iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES)
     rows = []
     for _ in range(12):
         state, metrics = iterate(state)

@@ -1,0 +1,349 @@
+"""Searched decisions per second, where the time of an iteration goes, and what each accelerator of the design buys.
+
+    python tests/benchmarks/throughput.py preset=cpu out=tests/benchmarks/cpu.json          # about 10 minutes, 2 cores
+    python tests/benchmarks/throughput.py out=tests/benchmarks/h200.json                    # one GPU
+    python tests/benchmarks/throughput.py preset=cpu sweep=true out=tests/benchmarks/cpu_sweep.json
+
+Every arm is the same iteration, from the same state, with one thing changed; the arms take turns in one process, so a
+ratio compares what ran side by side. Any key of train_search_distill_binpack.py can be given. `checkpoint=` measures
+with a trained network, whose episodes are longer.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import train_search_distill_binpack as script  # noqa: E402
+
+
+class Config(script.Config):
+    """The keys of a run, and those of the measurement."""
+
+    rounds: script.Count = Field(5, description="measured iterations of each arm, after one that compiles")
+    sweep: bool = Field(False, description="how speed depends on batch, simulations and width, instead of the arms")
+    checkpoint: str = Field("", description="checkpoint of search distillation with the same network (empty: none)")
+    out: str = Field("", description="file to write the measurements to (empty: none)")
+
+
+def seconds_of(function: Callable, *arguments: Any, rounds: int) -> float:
+    """Median time of a call, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# ======================================================================================================================
+# Arms
+# ======================================================================================================================
+
+
+class Arm(NamedTuple):
+    name: str
+    iterate: Callable  # state -> metrics on the host
+    config: Config
+
+
+def jumanji_env():
+    """Jumanji's own environment, with its sequential update of the EMSs."""
+    from jumanji.environments import BinPack
+
+    return BinPack()
+
+
+def device_arm(name: str, env, config: Config) -> Arm:
+    """The script's own iteration."""
+    network = script.make_network(config)
+    step = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES)
+    return Arm(name, lambda state: script.host_copy(step(state)[1]), config)
+
+
+def host_shuffling_arm(name: str, env, config: Config) -> Arm:
+    """The same with the rows brought to the host, shuffled there by numpy, and sent back a minibatch at a time."""
+    network = script.make_network(config)
+    policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
+    rollout = script.make_rollout(env, policy)
+    gradients = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
+
+    def collect(state: script.TrainState):
+        key = jax.random.fold_in(state.key, state.iteration)
+        keys = script.local_keys(key, config.rollout_batch_size // jax.device_count())
+        trajectory = rollout(script.Model(state.params, state.net_state), keys)
+        return script.make_samples(trajectory, config.discount)
+
+    def learn(params, opt_state, net_state, batch: script.Samples, permutations):
+        if config.permute_axes:
+            batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
+        count = jax.lax.psum(batch.mask.sum(), script.DEVICES)
+        (_, metrics), grads = gradients(params, net_state, batch, count)
+        metrics, grads = jax.lax.psum((metrics, grads), script.DEVICES)
+        return *script.apply_gradients(config, params, opt_state, grads, config.learning_rate), metrics
+
+    collect, learn = (jax.pmap(function, axis_name=script.DEVICES) for function in (collect, learn))
+    rng, devices = np.random.default_rng(0), jax.local_device_count()
+
+    def iterate(state: script.TrainState) -> dict:
+        samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(collect(state)))
+        real = np.flatnonzero(samples.mask)
+        params, opt_state = state.params, state.opt_state
+        for _ in range(config.num_epochs):
+            order = np.resize(rng.permutation(real), (script.steps_per_epoch(config), config.training_batch_size))
+            for rows in order:
+                batch = jax.tree.map(lambda x: x[rows].reshape(devices, -1, *x.shape[1:]), samples)  # noqa: B023
+                permutations = rng.integers(0, 6, batch.mask.shape)
+                params, opt_state, metrics = learn(params, opt_state, state.net_state, batch, permutations)
+        jax.block_until_ready(params)
+        return script.host_copy(metrics) | {"decisions": np.int64(len(real))}
+
+    return Arm(name, iterate, config)
+
+
+def make_arms(config: Config) -> list[Arm]:
+    wide = config.model_copy(update=dict(search_width=script.NUM_ACTIONS))
+    return [
+        device_arm("as it is", script.make_env(), config),
+        device_arm("Jumanji's EMS update", jumanji_env(), config),
+        device_arm("800-wide search", script.make_env(), wide),
+        host_shuffling_arm("host-side shuffling", script.make_env(), config),
+        host_shuffling_arm("all three of these", jumanji_env(), wide),
+    ]
+
+
+def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list[dict]:
+    """Decisions per second of each arm; they take turns, and a ratio is the median over turns."""
+    times: list[list[float]] = [[] for _ in arms]
+    decisions: list[list[int]] = [[] for _ in arms]
+    for turn in range(rounds + 1):
+        for arm, seconds, count in zip(arms, times, decisions, strict=True):
+            start = time.perf_counter()
+            metrics = arm.iterate(state)
+            if turn:  # The first compiles.
+                seconds.append(time.perf_counter() - start)
+                count.append(int(metrics["decisions"]))
+    rows = []
+    for arm, seconds, count in zip(arms, times, decisions, strict=True):
+        slower = statistics.median(mine / base for mine, base in zip(seconds, times[0], strict=True))
+        slower *= statistics.mean(decisions[0]) / statistics.mean(count)  # Noise differs, and so episodes' lengths.
+        rows.append(
+            dict(
+                arm=arm.name,
+                decisions_per_second=statistics.mean(count) / statistics.median(seconds),
+                ratio=slower,
+                seconds=seconds,
+            )
+        )
+    return rows
+
+
+# ======================================================================================================================
+# Phases
+# ======================================================================================================================
+
+
+def count_visits(config: Config, model: script.Model, keys: jax.Array) -> dict[str, int]:
+    """How often a device runs the network and the environment, each for its whole batch, in one collection."""
+    calls = {"network": 0, "environment": 0}
+
+    def count(name: str, x: jax.Array) -> jax.Array:
+        """x, through a call of the host that counts once for a batch."""
+
+        def tell(x):
+            calls[name] += 1
+            return x
+
+        return jax.pure_callback(tell, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")
+
+    network = script.make_network(config)
+    apply = network.apply
+
+    def counted_apply(*arguments):
+        (logits, value), state = apply(*arguments)
+        return (count("network", logits), value), state
+
+    env = script.make_env()
+    step = env.step
+    env.step = lambda state, action: step(state, count("environment", action))
+    network = network._replace(apply=counted_apply)
+    policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
+    jax.block_until_ready(jax.jit(script.make_rollout(env, policy))(model, keys))
+    return calls
+
+
+def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
+    """Seconds of an iteration by phase, and the share of the floor: the FLOP per second of the network phase against
+    the best of one large matrix product, on one device."""
+    env, network = script.make_env(), script.make_network(config)
+    size = config.rollout_batch_size // jax.device_count()
+    model = script.Model(script.host_copy(state.params), script.host_copy(state.net_state))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.PRNGKey(1)))(jnp.arange(size))
+    policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
+    rollout = jax.jit(script.make_rollout(env, policy))
+    collect = seconds_of(rollout, model, keys, rounds=config.rounds)
+    trajectory = rollout(model, keys)
+
+    # States and observations half way through an episode, as the search meets them.
+    half = script.MAX_DECISIONS // 2
+    observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
+    states, _ = jax.vmap(env.reset)(keys)
+    apply = jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation)[0])
+    act = jax.jit(lambda model, observation: apply(model, observation)[0].argmax(-1))
+    step = jax.jit(jax.vmap(functools.partial(script.step_flat, env)))
+    pass_seconds = seconds_of(act, model, observation, rounds=20 * config.rounds)
+    step_seconds = seconds_of(step, states, jnp.zeros(size, jnp.int32), rounds=20 * config.rounds)
+    calls = count_visits(config, model, keys)
+
+    samples = script.make_samples(trajectory, config.discount)
+    local = config.training_batch_size // jax.device_count()
+    batch = jax.tree.map(lambda x: jnp.resize(x, (local, *x.shape[1:])), samples)
+    loss = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
+
+    @jax.jit
+    def gradient_step(model, opt_state, batch):
+        (_, _), grads = loss(model.params, model.state, batch, batch.mask.sum())
+        return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
+
+    gradient = seconds_of(gradient_step, model, script.host_copy(state.opt_state), batch, rounds=config.rounds)
+    steps = config.num_epochs * script.steps_per_epoch(config)
+
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((side, side), jnp.float32)
+    best = 2 * side**3 / seconds_of(jax.jit(jnp.matmul), matrix, matrix, rounds=config.rounds)
+    flop = act.lower(model, observation).compile().cost_analysis()["flops"]
+    mask = np.asarray(trajectory.mask)
+    network_seconds, env_seconds = calls["network"] * pass_seconds, calls["environment"] * step_seconds
+    return dict(
+        collect=collect,
+        network=network_seconds,
+        environment=env_seconds,
+        tree_and_rest=collect - network_seconds - env_seconds,
+        gradient_steps=gradient * steps,
+        batched_passes=calls["network"],
+        batched_steps=calls["environment"],
+        microseconds_a_pass=1e6 * pass_seconds / size,
+        microseconds_a_step=1e6 * step_seconds / size,
+        megaflop_a_pass=flop / size / 1e6,
+        network_gigaflops=flop / pass_seconds / 1e9,
+        best_gigaflops=best / 1e9,
+        share_of_floor=flop / pass_seconds / best,
+        padding_share=float(1 - mask.mean()),
+    )
+
+
+# ======================================================================================================================
+# Compilation
+# ======================================================================================================================
+
+COMPILE = """
+import sys, time
+sys.path.insert(0, {root!r})
+import jax, train_search_distill_binpack as script
+script.use_compilation_cache(sys.argv[1])
+config, _ = script.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
+env, network = script.make_env(), script.make_network(config)
+start = time.perf_counter()
+state = script.replicate(script.init_train_state(env, network, config))
+iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES, donate_argnums=0)
+lowered = iterate.lower(state)
+traced = time.perf_counter()
+lowered.compile()
+print(traced - start, time.perf_counter() - traced)
+"""
+
+
+def measure_compilation(words: list[str]) -> dict[str, float]:
+    """Seconds that a new process takes to trace and compile an iteration, with an empty cache and with one filled."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-c", COMPILE.format(root=str(ROOT)), folder, *words]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found[f"{name}_tracing"], found[f"{name}_compiling"] = map(float, run.stdout.split())
+    return found
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def make_state(config: Config) -> script.TrainState:
+    state = script.init_train_state(script.make_env(), script.make_network(config), config)
+    if config.checkpoint:
+        checkpoint = script.read_checkpoint(config.checkpoint, script.METHOD, config.env_id)
+        hint = "give the same network keys"
+        params = script.restore_leaves(state.params, jax.tree.leaves(checkpoint["model"][0]), hint)
+        state = state._replace(params=params)
+    return script.replicate(state)
+
+
+def sweep(config: Config) -> list[dict]:
+    """One key varied at a time around the configuration."""
+    values = dict(
+        rollout_batch_size=[config.rollout_batch_size * 2**i // 4 for i in range(5)],
+        num_simulations=[config.num_simulations * 2**i // 2 for i in range(4)],
+        search_width=[16, 32, 64, 128, script.NUM_ACTIONS],
+    )
+    rows = []
+    for key, candidates in values.items():
+        for value in candidates:
+            changed = config.model_copy(update={key: value})
+            if script.steps_per_epoch(changed) == 0:
+                continue
+            (row,) = measure_arms([device_arm("", script.make_env(), changed)], make_state(changed), config.rounds)
+            rows.append({"key": key, "value": value, "decisions_per_second": row["decisions_per_second"]})
+            print(f"{key:24} {value:6}  {row['decisions_per_second']:10,.1f} decisions/s", flush=True)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    try:
+        config, _ = script.parse_command_line(argv, Config, script.PRESETS)
+    except script.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = dict(
+        command="python tests/benchmarks/throughput.py " + " ".join(argv),
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        versions=script.library_versions(),
+    )
+    if config.sweep:
+        result["sweep"] = sweep(config)
+    else:
+        state = make_state(config)
+        result["phases"] = phases = measure_phases(config, state)
+        for name, value in phases.items():
+            print(f"{name:22} {value:12.4g}", flush=True)
+        result["arms"] = measure_arms(make_arms(config), state, config.rounds)
+        for row in result["arms"]:
+            print(f"{row['arm']:24} {row['decisions_per_second']:10,.1f} decisions/s  {row['ratio']:6.2f} x the time")
+        own = ("rounds=", "sweep=", "checkpoint=", "out=")
+        result["compilation"] = measure_compilation([word for word in argv if not word.startswith(own)])
+        print({key: round(value, 1) for key, value in result["compilation"].items()})
+    if config.out:
+        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
