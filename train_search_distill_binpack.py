@@ -194,8 +194,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         leaf_value="completion",
         max_num_considered_actions=4,
         training_batch_size=256,
+        value_scale=10.0,
         num_epochs=2,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         learning_rate_decay_iters=100,
         num_transformer_layers=1,
         transformer_num_heads=4,
@@ -1019,16 +1020,17 @@ def make_player(env: BinPack, policy: Policy) -> Callable[[Model, np.ndarray], E
     rollout = make_rollout(env, policy)
     size = instances_at_a_time()
 
-    def play_chunk(model, keys):
+    def play_chunk(model, keys, _):
         trajectory = rollout(model, local_share(keys, size // jax.device_count()))
         episodes = Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
         return jax.lax.all_gather(episodes, DEVICES, tiled=True)
 
-    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, in_axes=(0, None))
+    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, in_axes=(0, None, 0))
+    each_device = np.arange(jax.local_device_count())  # For a player without a model, too, there is something to map.
 
     def play(model: Model, keys: np.ndarray) -> Episodes:
         chunks = np.resize(keys, (-(-len(keys) // size), size, 2))  # Repeats fill the last chunk.
-        played = [play_chunk(model, chunk) for chunk in chunks]
+        played = [play_chunk(model, chunk, each_device) for chunk in chunks]
         return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*map(host_copy, played))))
 
     return play

@@ -9,9 +9,6 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # And one only: compiled programs are kept for each number of devices.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0"  # Most of the tests' time is compilation; this halves it.
-)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"binpack-tests-cache-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")

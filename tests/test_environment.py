@@ -13,7 +13,7 @@ import train_search_distill_binpack as script
 
 
 def test_every_field_of_state_and_timestep_equals_jumanji():
-    """The quick form of measure_environment.py, whose committed figures have heuristic and searched episodes as well."""
+    """The quick form of measure_environment.py, which plays heuristic and searched episodes as well."""
     result = compare_episodes("random", 128, seed=100)
     assert result["steps"] > 128 * 10 and result["overflow_states"] >= 100
     assert result["differing_fields"] == []

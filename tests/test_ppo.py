@@ -26,7 +26,7 @@ def ppo_config():
 def test_twin_sections_are_the_same_in_both_scripts():
     sources = [Path(script.__file__).read_text() for script in (ppo, search_distill)]
     twins = [_twin_sections(source) for source in sources]
-    assert twins[0] == twins[1] and len(twins[0]) == 10
+    assert twins[0] == twins[1] and len(twins[0]) == 11
     assert all(body.count("\n") > 20 for body in twins[0].values())
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,14 +45,17 @@ def assert_same_checkpoint(path: Path, other: Path) -> None:
 
 
 def test_two_iterations_and_two_more_equal_four(search_run, tmp_path):
-    assert script.main(override("max_num_iters=2", f"save_dir={tmp_path}")) == 0
+    """Bit for bit, and more evaluations on the way change nothing."""
+    assert script.main(override("max_num_iters=2", "eval_interval=1", f"save_dir={tmp_path}")) == 0
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
     assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "frames": 1}\n{"iterat')  # What a killed run leaves after its last checkpoint.
-    assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 0
+    assert script.main(override("resume=auto", "eval_interval=1", f"save_dir={tmp_path}")) == 0
     assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
-    assert log_of(run_dir) == log_of(search_run)
+    often, seldom = log_of(run_dir), log_of(search_run)
+    assert [{key: a[key] for key in b} for a, b in zip(often, seldom, strict=True)] == seldom
+    assert all("eval/greedy/avg_return" in row for row in often)
 
 
 def test_resume_from_a_path_continues_in_another_folder_only(search_run, tmp_path, capsys):
@@ -70,15 +74,6 @@ def test_resuming_a_complete_run_says_so_and_changes_nothing(search_run, capsys)
     assert script.main(override("resume=auto", f"save_dir={search_run.parents[2]}")) == 0
     assert "Complete: 4 iterations are done" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
-
-
-def test_evaluation_does_not_depend_on_its_interval(search_run, tmp_path):
-    assert script.main(override("eval_interval=1", f"save_dir={tmp_path}")) == 0
-    often, seldom = log_of(tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"), log_of(search_run)
-    assert len(often) == len(seldom) == 5
-    for a, b in zip(often, seldom, strict=True):
-        assert {key: a[key] for key in b} == b
-    assert all("eval/greedy/avg_return" in row for row in often)
 
 
 def test_log_has_the_promised_names(search_run):
@@ -168,10 +163,11 @@ def test_starting_over_an_earlier_run_needs_a_word(search_run, capsys):
     assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
 
 
-def test_overwrite_starts_again(tmp_path):
-    run_dir = run(tmp_path / "a", "overwrite=true")
+def test_overwrite_starts_again(search_run, tmp_path):
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    shutil.copytree(search_run, run_dir)
     (run_dir / "iter_000099.pkl").write_bytes(b"old")
-    run_dir = run(tmp_path / "a", "overwrite=true")
+    run(tmp_path, "overwrite=true")
     assert [path.name for path in script.find_checkpoints(run_dir)] == [f"iter_{i:06d}.pkl" for i in (1, 2, 3, 4)]
     assert [row["iteration"] for row in log_of(run_dir)] == [0, 1, 2, 3, 4]
 
@@ -212,14 +208,21 @@ def start_process(save_dir: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_cleanly(number, tmp_path):
+def test_ctrl_c_and_sigterm_ask_once_and_then_end_the_process(capfd):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop = script.StopRequest()
+        os.kill(os.getpid(), number)
+        assert stop.made and "once more to leave at once" in capfd.readouterr().err
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_saves_and_leaves_cleanly(tmp_path):
     process = start_process(tmp_path, "max_num_iters=100", "eval_interval=100", "save_interval=100")
     log = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl"
     deadline = time.time() + 200
     while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 4):
         time.sleep(0.1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert (
@@ -251,13 +254,17 @@ def test_training_goes_on_when_wandb_fails(tmp_path, monkeypatch, capsys):
             raise RuntimeError("service died")
 
     monkeypatch.setattr(script, "_start_wandb", lambda *_: Broken())
-    run_dir = run(tmp_path / "a")
+    run_dir = run(tmp_path)
     assert "W&B stopped" in capsys.readouterr().out and len(log_of(run_dir)) == 5
-    monkeypatch.undo()
 
+
+def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, capsys):
     def refuse(*arguments, **more):
         raise RuntimeError("no service")
 
     monkeypatch.setattr(script.wandb, "init", refuse)
-    run_dir = run(tmp_path / "b")
-    assert "W&B did not start" in capsys.readouterr().out and len(log_of(run_dir)) == 5
+    log = script.RunLog(config.model_copy(update={"save_dir": str(tmp_path)}), 0, "id")
+    assert "W&B did not start" in capsys.readouterr().out
+    log.record({"iteration": 0})
+    log.close()
+    assert json.loads(log.path.read_text()) == {"iteration": 0}
