@@ -5,7 +5,7 @@ and from `tests/results/floors.json`.
 
 takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
 A further folder of PPO, with fewer iterations, is for the comparison at equal decisions alone: its hours are not kept.
-Without arguments only the table is made. The floors come from
+Groups of a method that no folder has stay as they are. Without arguments only the table is made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
 """
@@ -79,8 +79,9 @@ def at(run: dict, key: str, value: float) -> float:
 
 def table(results: dict, floors: dict) -> str:
     """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
+    devices = dict.fromkeys(group["device"] for group in results["groups"])
     lines = [
-        f"| `preset=cpu`, {results['device']} | decisions | minutes | utilisation | filled completely |",
+        f"| `preset=cpu`, {' / '.join(devices)} | decisions | minutes | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -164,7 +165,10 @@ def main(argv: list[str]) -> None:
             if group["method"] in [before["method"] for before in groups[:i]]:
                 for point in (point for run in group["runs"] for point in run["curve"]):
                     del point["hours"]
-        RESULTS.write_text(json.dumps(dict(device=device, groups=groups), indent=1) + "\n")
+        groups = [dict(device=device, **group) for group in groups]
+        methods = {group["method"] for group in groups}
+        groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]
+        RESULTS.write_text(json.dumps(dict(groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
     results, floors = (json.loads(path.read_text()) for path in (RESULTS, FLOORS))
     readme.write_text(with_table(readme.read_text(), results, floors))

@@ -21,6 +21,12 @@ import train_search_distill_binpack as script
 
 FULL = "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=16 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
+RUN = (
+    "train_search_distill_binpack.py",
+    "train_search_distill_binpack.py preset=cpu",
+    "train_ppo_binpack.py preset=cpu",
+    "train_ppo_binpack.py --loss cispo --seed 42 learning_rate=1e-4",
+)
 README = (ROOT / "README.md").read_text()
 
 
@@ -42,7 +48,7 @@ def small(name: str, words: list[str]) -> list[str]:
     config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
     keys = set(config.model_fields) - given
     full = not words and name == "train_search_distill_binpack.py"  # Keeps the full network and search.
-    overrides = FULL if full else [*SMALL_WORDS, "max_num_iters=1"]
+    overrides = FULL if full else [word for word in SMALL_WORDS if "max_num_iters" not in word] + ["max_num_iters=1"]
     return [word for word in overrides if word.partition("=")[0] in keys]
 
 
@@ -50,27 +56,30 @@ def test_the_readme_has_the_commands_that_users_need():
     assert "train_search_distill_binpack.py preset=cpu" in commands()
     assert any("--help" in command for command in commands())
     assert "train_ppo_binpack.py preset=cpu" in commands()
-    assert len(commands()) >= 8 and len(commands("evaluate")) >= 4
+    assert len(commands()) >= 8 and set(RUN) <= set(commands()) and len(commands("evaluate")) >= 4
 
 
 @pytest.mark.parametrize("command", commands())
+def test_command_is_understood(command):
+    name, *words = shlex.split(command)
+    module = {"train_ppo_binpack.py": ppo, "train_search_distill_binpack.py": script}[name]
+    if "--help" not in words:
+        config, preset = module.parse_command_line(words, module.Config, module.PRESETS)
+        assert preset == ("cpu" if "preset=cpu" in words else "full")
+        assert not words or config != module.Config()
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command in RUN])
 def test_command_runs_as_written(command, tmp_path):
+    """Those that have a program of their own; the others differ from them, or from runs of other tests, in values."""
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    if "--help" not in words:
-        words += small(name, words)
-    run = subprocess.run(
-        [sys.executable, name, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    command = [sys.executable, name, *words, *small(name, words)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
-    if "--help" not in words:
-        assert list(tmp_path.glob("*/BinPack-v2/*/seed_*/iter_000001.pkl"))
+    assert list(tmp_path.glob("*/BinPack-v2/*/seed_*/iter_000001.pkl"))
     if full:
         assert "preset=cpu is a complete run" in run.stdout
 
@@ -88,18 +97,13 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_evaluation_commands_run_as_written(trained_folder, monkeypatch, capsys):
-    """Within this process, on few instances; the first one also as its users call it."""
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setattr(script, "instances_at_a_time", lambda: 4)
+def test_evaluation_commands_are_understood_and_the_first_runs_as_written(trained_folder):
+    """What each policy and file is, test_evaluate.py tests."""
     for command in commands("evaluate"):
         words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
-        small = ["num_episodes=4", "num_simulations=4", "n=2"]
-        assert evaluate.main(words + small) == 0
-        out, err = capsys.readouterr()
-        assert err == "" and ("+-" in out or "policy=[]" in words)
-    for name in ("scores.json", "episode.gif", "curves.png"):
-        assert (trained_folder / name).stat().st_size > 500
+        paths = [word for word in words if Path(word).exists()]
+        assert paths or "random" in command
+        script.parse_command_line([word for word in words if word not in paths], evaluate.Config, {})
     command = shlex.split(commands("evaluate")[0])
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
