@@ -34,6 +34,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from importlib import metadata
@@ -149,8 +150,9 @@ class RunConfig(BaseModel):
             )
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
-        given = bool(self.coordinator_address), self.num_processes > 0, self.process_id > 0
-        if any(given) and not (self.distributed and given[0] and self.process_id < self.num_processes):
+        given = self.coordinator_address or self.num_processes or self.process_id
+        is_address = re.fullmatch(r"\S+:\d+", self.coordinator_address)
+        if given and not (self.distributed and is_address and self.process_id < self.num_processes):
             raise ValueError(
                 "coordinator_address, num_processes and process_id (below num_processes) belong together; type"
                 " distributed=true coordinator_address=HOST:PORT num_processes=2 process_id=0, or none of them"
@@ -223,8 +225,13 @@ def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: 
     while queue:
         word = queue.pop(0)
         key, equals, raw = word.partition("=")
-        if key.startswith("--"):
-            key = key[2:].replace("-", "_")
+        dashes = key.startswith("--")
+        key = key[2:].replace("-", "_") if dashes else key
+        if key not in known and (dashes or equals):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
+            raise UsageError(f"unknown key '{key}'; {hint}")
+        if dashes:
             is_switch = key in fields and fields[key].annotation is bool
             if not equals and is_switch and (not queue or queue[0].lower() not in ("true", "false")):
                 raw = "true"
@@ -234,10 +241,6 @@ def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: 
                 raw = queue.pop(0)
         elif not equals:
             raise UsageError(f"expected key=value or --key value, got '{word}'; --help lists the keys")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
-            raise UsageError(f"unknown key '{key}'; {hint}")
         if key in overrides:
             raise UsageError(f"{key} is given twice, as {overrides[key]!r} and {raw!r}; keep one of them")
         overrides[key] = raw
@@ -973,7 +976,8 @@ def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
 
 def instances_at_a_time() -> int:
     """How many instances the devices play together. Few, on a CPU, so that they fit its caches."""
-    return jax.device_count() * (64 if jax.default_backend() == "cpu" else 1024)
+    num_devices = jax.device_count()
+    return num_devices * (64 if jax.default_backend() == "cpu" else -(-1024 // num_devices))
 
 
 def make_player(env: BinPack, policy: Policy) -> Callable[[Model, np.ndarray], Episodes]:
@@ -1182,8 +1186,12 @@ def prepare_run(config: RunConfig) -> dict | None:
 
     Raises `UsageError` if files of an earlier run are in the way."""
     run_dir = config.run_dir()
-    earlier = find_checkpoints(run_dir)
-    files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    unusable = f"save_dir={config.save_dir}: cannot be used (%s); choose another save_dir"
+    try:
+        earlier = find_checkpoints(run_dir)
+        files = [*earlier, *run_dir.glob("metrics.jsonl")]
+    except OSError as error:
+        raise UsageError(unusable % error) from None
     checkpoint, in_the_way = None, []
     if config.resume == "auto" and earlier:
         checkpoint = read_checkpoint(earlier[-1], METHOD, config.env_id)
@@ -1195,7 +1203,7 @@ def prepare_run(config: RunConfig) -> dict | None:
         )
         if source.parent != run_dir.resolve():
             checkpoint["wandb_id"] = uuid.uuid4().hex[:8]  # A branch is a run of its own.
-    elif not config.overwrite:
+    elif not config.overwrite and config.resume != "auto":
         in_the_way = files
     if in_the_way:
         raise UsageError(
@@ -1209,7 +1217,7 @@ def prepare_run(config: RunConfig) -> dict | None:
         for file in files if config.overwrite else []:
             file.unlink()
     except OSError as error:
-        raise UsageError(f"save_dir={config.save_dir}: cannot be written ({error}); choose another save_dir") from None
+        raise UsageError(unusable % error) from None
     return checkpoint
 
 
@@ -1242,7 +1250,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         temporary = run_dir / ".metrics.jsonl.tmp"
-        temporary.write_text("".join(_rows_up_to(self.path, start_iteration)))
+        temporary.write_text("".join(_rows_up_to(self.path, start_iteration) if start_iteration else []))
         os.replace(temporary, self.path)
         self._file = open(self.path, "a", buffering=1)
         self._wandb = _start_wandb(config, run_dir, wandb_id)
@@ -1340,17 +1348,29 @@ class StopRequest:
 # ======================================================================================================================
 
 
+JOIN_SECONDS = 120
+
+
 def join_processes(config: RunConfig) -> None:
     """Makes this process one of several with JAX's own runtime; comes before the first use of a device.
 
-    A process that hears nothing of another for half a minute ends. Raises `UsageError` if they do not find together
-    or were not given the same configuration."""
+    A process that hears nothing of another for half a minute ends; where they do not find together, JAX ends it after
+    the time that the line below tells. Raises `UsageError` if there is no cluster, or for unequal configurations."""
     if not config.distributed:
         return
     keys = ("coordinator_address", "num_processes", "process_id")
-    given = {key: getattr(config, key) for key in keys} if config.coordinator_address else {}
+    given = {}
+    if config.coordinator_address:
+        given = {key: getattr(config, key) for key in keys} | {"cluster_detection_method": "deactivate"}
+        place = f"process {config.process_id} of {config.num_processes} waits for {config.coordinator_address}"
+        print(f"{place}, up to {JOIN_SECONDS} s", flush=True)
     try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=30,
+        )
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"distributed=true: the processes did not find together ({str(error).splitlines()[0]}); start all of them,"
@@ -1444,7 +1464,10 @@ def train(config: RunConfig, preset: str) -> int:
         }
         params, net_state = checkpoint["model"]
         saved = [*jax.tree.leaves((params, net_state)), *checkpoint["opt_state"]]
-        hint = "type " + " ".join(f"{key}={old}" for key, (old, _) in changed.items())
+        of_network = [
+            f"{key}={old}" for key, (old, _) in changed.items() if "transformer" in key or key == "pair_units"
+        ]
+        hint = " ".join(["type", *of_network]) if of_network else "give another one"
         params, net_state, opt_state = restore_leaves((state.params, state.net_state, state.opt_state), saved, hint)
         state = TrainState(params, net_state, opt_state, state.key, jnp.int32(checkpoint["iteration"]))
         frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
@@ -1511,7 +1534,7 @@ def train(config: RunConfig, preset: str) -> int:
         while iteration < config.max_num_iters and not stopped:
             began = time.perf_counter()
             state, metrics = iterate(state)
-            metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # The iteration's one synchronisation.
+            metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # Waits for the iteration.
             seconds = time.perf_counter() - began
             iteration += 1
             decisions = int(metrics.pop("decisions"))
@@ -1554,7 +1577,12 @@ def main(argv: list[str]) -> int:
         reason = str(error).splitlines()[0]
         print(f"error: a process of this run ended ({reason}); start all again with resume=auto", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # An orderly exit would wait for the lost process.
+        os._exit(1)  # An orderly exit would wait for the other processes.
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

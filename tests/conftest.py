@@ -1,5 +1,6 @@
 """Fixtures for all tests. JAX sees one CPU device, here and in the processes that tests start."""
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -59,13 +60,19 @@ def ppo_words():
     return lambda *words: [word for word in override(*words) if word.split("=")[0] not in SMALL_SEARCH]
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run takes the signals; here they are given back."""
+@contextlib.contextmanager
+def signals_given_back():
+    """A run takes the signals for itself."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    with signals_given_back():
+        yield
 
 
 def run_once(tmp_path_factory, main, words: list[str]) -> Path:
@@ -75,7 +82,8 @@ def run_once(tmp_path_factory, main, words: list[str]) -> Path:
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            assert main([*words, f"save_dir={folder}.new"]) == 0
+            with signals_given_back():
+                assert main([*words, "overwrite=true", f"save_dir={folder}.new"]) == 0
             os.rename(f"{folder}.new", folder)
     return folder
 

@@ -4,9 +4,9 @@
     python tests/benchmarks/throughput.py out=tests/benchmarks/h200.json                    # one GPU
     python tests/benchmarks/throughput.py preset=cpu sweep=true out=tests/benchmarks/cpu_sweep.json
 
-Every arm is the same iteration, from the same state, with one thing changed; the arms take turns in one process, so a
-ratio compares what ran side by side. Any key of train_search_distill_binpack.py can be given. `checkpoint=` measures
-with a trained network, whose episodes are longer.
+Every arm is the same iteration, from the same state, with one thing changed (in the last, three); the arms take turns
+in one process, so a ratio compares what ran side by side. Any key of train_search_distill_binpack.py can be given.
+`checkpoint=` measures with a trained network, whose episodes are longer.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
     gradients = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
 
     def collect(state: script.TrainState):
-        key = jax.random.fold_in(state.key, state.iteration)
+        key, _ = jax.random.split(jax.random.fold_in(state.key, state.iteration))
         keys = script.local_keys(key, config.rollout_batch_size // jax.device_count())
         trajectory = rollout(script.Model(state.params, state.net_state), keys)
         return script.make_samples(trajectory, config.discount)
@@ -194,14 +194,15 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     the best of one large matrix product, on one device."""
     env, network = script.make_env(), script.make_network(config)
     size = config.rollout_batch_size // jax.device_count()
-    model = script.Model(script.host_copy(state.params), script.host_copy(state.net_state))
+    model = jax.device_put(script.Model(script.host_copy(state.params), script.host_copy(state.net_state)))
+    opt_state = jax.device_put(script.host_copy(state.opt_state))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.PRNGKey(1)))(jnp.arange(size))
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     rollout = jax.jit(script.make_rollout(env, policy))
     collect = seconds_of(rollout, model, keys, rounds=config.rounds)
     trajectory = rollout(model, keys)
 
-    # States and observations half way through an episode, as the search meets them.
+    # Observations from half way through an episode; a step takes the same time from any state.
     half = script.MAX_DECISIONS // 2
     observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
     states, _ = jax.vmap(env.reset)(keys)
@@ -222,7 +223,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         (_, _), grads = loss(model.params, model.state, batch, batch.mask.sum())
         return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
 
-    gradient = seconds_of(gradient_step, model, script.host_copy(state.opt_state), batch, rounds=config.rounds)
+    gradient = seconds_of(gradient_step, model, opt_state, batch, rounds=config.rounds)
     steps = config.num_epochs * script.steps_per_epoch(config)
 
     side = 2048 if jax.default_backend() == "cpu" else 8192
@@ -341,20 +342,30 @@ def sweep(config: Config) -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(script.help_text(__doc__, Config, script.PRESETS))
+        return 0
     try:
         config, _ = script.parse_command_line(argv, Config, script.PRESETS)
+        if config.out and not Path(config.out).parent.is_dir():
+            raise script.UsageError(f"out={config.out}: expected a file in a folder that exists; type out=speed.json")
+        for key in ("rollout_batch_size", "training_batch_size"):
+            if getattr(config, key) % jax.device_count():
+                raise script.UsageError(f"{key}: expected a multiple of the {jax.device_count()} devices")
+        state = make_state(config)
     except script.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result: dict[str, Any] = dict(
         command="python tests/benchmarks/throughput.py " + " ".join(argv),
+        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         versions=script.library_versions(),
     )
     if config.sweep:
         result["sweep"] = sweep(config)
     else:
-        state = make_state(config)
         result["phases"] = phases = measure_phases(config, state)
         for name, value in phases.items():
             print(f"{name:22} {value:12.4g}", flush=True)
