@@ -1,5 +1,5 @@
 """Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and writes the README's table from it
-and from `tests/results/floors.json`.
+and `tests/results/floors.json`, and its table of speeds.
 
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
@@ -8,6 +8,8 @@ A further folder of PPO, with fewer iterations, is for the comparison at equal d
 Groups of a method that no folder has stay as they are. Without arguments only the table is made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
+
+and the table of speeds from tests/benchmarks/throughput.py.
 """
 
 import json
@@ -20,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
+BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
@@ -148,13 +151,36 @@ def sentences(results: dict) -> str:
     return text + " With search on top, the better of two episodes counts (the network's and the search's)."
 
 
-def with_table(readme: str, results: dict, floors: dict) -> str:
-    return re.sub(
-        r"(<!-- results table: .*? -->\n).*?(<!-- end of results table -->)",
-        lambda match: match.group(1) + table(results, floors) + "\n" + match.group(2),
-        readme,
-        flags=re.DOTALL,
-    )
+def speed(benchmark: dict) -> str:
+    """The README's table of a run of tests/benchmarks/throughput.py, and what the phases say."""
+    lines = [f"| {benchmark['device']} | decisions/s | time of a decision |", "|---|---|---|"]
+    for row in benchmark["arms"]:
+        lines.append(f"| {row['arm']} | {row['decisions_per_second']:,.0f} | {row['ratio']:.2f} |")
+    phases, environment, compilation = (benchmark[key] for key in ("phases", "environment", "compilation"))
+    whole = phases["collect"] + phases["gradient_steps"]
+    share = lambda name: f"{100 * phases[name] / whole:.0f} %"
+    sentences = [
+        f"Where an iteration of {whole:.1f} s goes: network passes of the search {share('network')}, environment",
+        f"steps {share('environment')}, the rest {share('tree_and_rest')}, gradient steps {share('gradient_steps')}.",
+        f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of one large matrix product;",
+        f"{100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the environment takes",
+        f"{environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
+        f"{environment['jumanji_microseconds']:.0f} µs. A new process traces an iteration in",
+        f"{compilation['cold_tracing']:.0f} s and compiles it in {compilation['cold_compiling']:.0f} s, or reads",
+        f"it from the cache in {compilation['warm_compiling']:.1f} s.",
+    ]
+    return "\n".join([*lines, "", " ".join(sentences)])
+
+
+def with_tables(readme: str, results: dict, floors: dict, benchmark: dict) -> str:
+    for name, text in (("results", table(results, floors)), ("speed", speed(benchmark))):
+        readme = re.sub(
+            rf"(<!-- {name} table: .*? -->\n).*?(<!-- end of {name} table -->)",
+            lambda match, text=text: match.group(1) + text + "\n" + match.group(2),
+            readme,
+            flags=re.DOTALL,
+        )
+    return readme
 
 
 def main(argv: list[str]) -> None:
@@ -170,8 +196,8 @@ def main(argv: list[str]) -> None:
         groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]
         RESULTS.write_text(json.dumps(dict(groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
-    results, floors = (json.loads(path.read_text()) for path in (RESULTS, FLOORS))
-    readme.write_text(with_table(readme.read_text(), results, floors))
+    results, floors, benchmark = (json.loads(path.read_text()) for path in (RESULTS, FLOORS, BENCHMARK))
+    readme.write_text(with_tables(readme.read_text(), results, floors, benchmark))
 
 
 if __name__ == "__main__":

@@ -123,9 +123,10 @@ def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_fold
     assert "text/html" in notebook.cells[-1].outputs[-1].data
 
 
-def test_the_results_table_is_made_from_the_committed_files():
-    results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
-    assert collect_results.with_table(README, results, floors) == README
+def test_the_tables_are_made_from_the_committed_files():
+    files = (collect_results.RESULTS, collect_results.FLOORS, collect_results.BENCHMARK)
+    results, floors, benchmark = (json.loads(path.read_text()) for path in files)
+    assert collect_results.with_tables(README, results, floors, benchmark) == README
     for group in results["groups"]:
         assert len(group["runs"]) >= 3 and group["commit"]
     assert floors["num_episodes"] == 1024 and floors["seed"] == script.Config().eval_seed
