@@ -160,8 +160,9 @@ def speed(benchmark: dict) -> str:
     whole = phases["collect"] + phases["gradient_steps"]
     share = lambda name: f"{100 * phases[name] / whole:.0f} %"
     sentences = [
-        f"Where an iteration of {whole:.1f} s goes: network passes of the search {share('network')}, environment",
-        f"steps {share('environment')}, the rest {share('tree_and_rest')}, gradient steps {share('gradient_steps')}.",
+        f"Where an iteration of {whole:.1f} s goes, each timed by itself: the search's network passes",
+        f"{share('network')}, environment steps {share('environment')}, gradient steps {share('gradient_steps')}; its",
+        f"trees and the rest are what is missing from 100 %, {share('tree_and_rest')}, within the error of such a sum.",
         f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of one large matrix product;",
         f"{100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the environment takes",
         f"{environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",

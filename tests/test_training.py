@@ -159,6 +159,9 @@ def test_learning_reduces_the_loss(tmp_path):
     words = override("max_num_iters=60", "eval_interval=60", "save_interval=60", f"save_dir={tmp_path}")
     assert script.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl").open()][1:]
-    first, last = ({key: np.mean([row[key] for row in part]) for key in rows[0] if "eval" not in key} for part in (rows[:10], rows[-10:]))
+    first, last = (
+        {key: np.mean([row[key] for row in part]) for key in rows[0] if "eval" not in key}
+        for part in (rows[:10], rows[-10:])
+    )
     assert last["rollout/avg_return"] > first["rollout/avg_return"] + 0.05
     assert last["train/policy_loss"] < 0.8 * first["train/policy_loss"]
