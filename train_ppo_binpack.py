@@ -1380,7 +1380,11 @@ def join_processes(config: RunConfig) -> None:
     theirs = from_first_process(mine)
     others = [f"{key}={_as_typed(mine[key])}, not {_as_typed(theirs[key])}" for key in mine if mine[key] != theirs[key]]
     if in_any_process(bool(others)):
-        what = f"process {jax.process_index()} was given {', '.join(others)}" if others else "another one was not"
+        what = (
+            f"process {jax.process_index()} was given {', '.join(others)}"
+            if others
+            else "another process was given others"
+        )
         raise UsageError(f"distributed=true: expected the keys of process 0 in every process; {what}")
 
 

@@ -725,14 +725,8 @@ def make_search_policy(
             (logits, _), _ = network.apply(model.params, model.state, None, observation)
             state, timestep = step_flat(env, state, jnp.argmax(logits))
             prior = jnp.where(t == 0, logits, prior)
-            return (
-                t + 1,
-                prior,
-                state,
-                timestep.observation,
-                total + discount * timestep.reward,
-                discount * config.discount,
-            )
+            total += discount * timestep.reward
+            return t + 1, prior, state, timestep.observation, total, discount * config.discount
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
         init = (0, prior, state, observation, jnp.float32(0.0), jnp.float32(1.0))
@@ -1443,7 +1437,11 @@ def join_processes(config: RunConfig) -> None:
     theirs = from_first_process(mine)
     others = [f"{key}={_as_typed(mine[key])}, not {_as_typed(theirs[key])}" for key in mine if mine[key] != theirs[key]]
     if in_any_process(bool(others)):
-        what = f"process {jax.process_index()} was given {', '.join(others)}" if others else "another one was not"
+        what = (
+            f"process {jax.process_index()} was given {', '.join(others)}"
+            if others
+            else "another process was given others"
+        )
         raise UsageError(f"distributed=true: expected the keys of process 0 in every process; {what}")
 
 
