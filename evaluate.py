@@ -192,9 +192,11 @@ def make_sample_policy(network) -> Policy:
     """An action drawn from the network's distribution. The model is (Model, number): each number gives an episode
     of its own on the same instance."""
 
+    predict = search_distill.make_predict(network)
+
     def act(numbered, key, state, observation, memory):
         model, number = numbered
-        (logits, _), _ = network.apply(model.params, model.state, None, observation)
+        logits, _ = predict(model, observation)
         return jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32), None, memory
 
     return Policy(start=lambda *_: (), act=act)

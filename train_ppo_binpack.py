@@ -446,31 +446,32 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
 
+# Numbers of spaces and items that the network is compiled for. Good play leaves few spaces that an item still fits
+# into, 3 of 40 on average; a batch is run at the first size that holds all of its rows. Minibatches mix all kinds of
+# rows and need one of the last two.
+SIZES = ((8, 10), (16, 20), (40, 20))
 
-class Attention(hk.Module):
-    """Multi-head attention with an additive bias of the logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018)."""
 
-    def __init__(self, num_heads: int, key_size: int, name: str):
-        super().__init__(name=name)
-        self.num_heads, self.key_size = num_heads, key_size
+def _heads(x: jax.Array, num_heads: int, key_size: int, name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of tokens [..., n, D], each [..., n, H, d]. No bias: x has the offset of its norm."""
+    x = hk.Linear(3 * num_heads * key_size, with_bias=False, name=name)(x)
+    x = x.reshape(*x.shape[:-1], 3, num_heads, key_size)
+    return x[..., 0, :, :], x[..., 1, :, :], x[..., 2, :, :]
 
-    def __call__(self, query: jax.Array, memory: jax.Array, mask: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """query [..., n, D], memory [..., m, D], mask [..., n or 1, m], bias [..., n, m, H] -> [..., n, D].
 
-        A row that may look at nothing gets zeros.
-        """
-        width = self.num_heads * self.key_size
+def _attend(query, key, value, mask: jax.Array, bias: jax.Array | None, name: str) -> jax.Array:
+    """Multi-head attention with an additive bias of its logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018).
 
-        def project(x: jax.Array, name: str) -> jax.Array:
-            return hk.Linear(width, name=name)(x).reshape(*x.shape[:-1], self.num_heads, self.key_size)
-
-        q, k, v = project(query, "query"), project(memory, "key"), project(memory, "value")
-        logits = jnp.einsum("...nhd,...mhd->...hnm", q, k) / math.sqrt(self.key_size)
-        if bias is not None:
-            logits += jnp.moveaxis(bias, -1, -3)
-        weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
-        mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, v).reshape(*query.shape[:-1], width)
-        return hk.Linear(width, name="out")(mixed) * mask.any(-1, keepdims=True)
+    query [..., n, H, d], key and value [..., m, H, d], mask [..., n or 1, m], bias [..., n, m, H] -> [..., n, H * d].
+    A row that may look at nothing gets zeros.
+    """
+    logits = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
+    if bias is not None:
+        logits += jnp.moveaxis(bias, -1, -3)
+    weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
+    mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, value)
+    mixed = mixed.reshape(*mixed.shape[:-2], -1)
+    return hk.Linear(mixed.shape[-1], name=name)(mixed) * mask.any(-1, keepdims=True)
 
 
 def _norm(x: jax.Array, name: str) -> jax.Array:
@@ -483,51 +484,61 @@ class PackingNetwork(hk.Module):
     Spaces and items attend to their own kind, then to each other along legal actions. Exact fits are what full
     packings are made of, and no bilinear form of embeddings can see them; so the relations of each (space, item)
     pair are given to the cross-attention, as a bias, and to the policy head.
+
+    Only what some legal action uses is a token: spaces shrink and items go, so whatever fits nowhere now never will.
     """
 
     def __init__(self, config: RunConfig, name: str = "packing_network"):
         super().__init__(name=name)
         self.config = config
 
-    def __call__(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, observation: Observation, size: tuple[int, int] = SIZES[-1]) -> tuple[jax.Array, jax.Array]:
         """Observation with leading dimensions [...] -> masked logits [..., A] and value [...], an estimate of the
-        volume still to be packed: at most that of the unplaced items, 0 where no action is legal."""
+        volume still to be packed: at most that of the items that still fit somewhere, 0 where no action is legal.
+
+        `size` bounds the spaces and the items that legal actions use in any row; E and I are those from here on."""
         config = self.config
         width = config.transformer_num_heads * config.transformer_key_size
-        ems, legal = observation.ems, observation.action_mask
-        lower = jnp.stack([ems.x1, ems.y1, ems.z1], -1)  # [..., E, 3]
-        upper = jnp.stack([ems.x2, ems.y2, ems.z2], -1)
+        ems, all_legal = observation.ems, observation.action_mask
+        corners = jnp.stack([ems.x1, ems.y1, ems.z1, ems.x2, ems.y2, ems.z2], -1)
+        rows, columns = _slots_of(all_legal.any(-1), size[0]), _slots_of(all_legal.any(-2), size[1])
+        legal = _take(_take(all_legal, rows, -2), columns, -1)  # [..., E, I]
+        lower, upper = jnp.split(_take(corners, rows, -2), 2, -1)  # [..., E, 3]
+        item = _take(jnp.stack(list(observation.items), -1), columns, -2)  # [..., I, 3]
+        usable, waiting = legal.any(-1), legal.any(-2)  # [..., E], [..., I]
         space = upper - lower
-        item = jnp.stack(list(observation.items), -1)  # [..., I, 3]
-        waiting = observation.items_mask & ~observation.items_placed  # [..., I]
         space_volume, item_volume = space.prod(-1), item.prod(-1)
         unplaced = (item_volume * waiting).sum(-1)  # [...]
 
-        left = jnp.broadcast_to(unplaced[..., None, None], (*space.shape[:-1], 1))
-        spaces = hk.Linear(width, name="embed_ems")(
-            jnp.concatenate([lower, upper, space, jnp.cbrt(space_volume)[..., None], space_volume[..., None], left], -1)
-        )
-        left = left[..., : item.shape[-2], :]
-        items = hk.Linear(width, name="embed_items")(
-            jnp.concatenate([item, jnp.cbrt(item_volume)[..., None], item_volume[..., None], left], -1)
-        )
-        pairs = _space_item_relations(space, item, space_volume, item_volume, waiting, legal)  # [..., E, I, F]
+        def embed(lengths: list[jax.Array], volume: jax.Array, name: str) -> jax.Array:
+            left = jnp.broadcast_to(unplaced[..., None], volume.shape)
+            scalars = [x[..., None] for x in (jnp.cbrt(volume), volume, left)]
+            return hk.Linear(width, name=name)(jnp.concatenate([*lengths, *scalars], -1))
+
+        spaces = embed([lower, upper, space], space_volume, "embed_ems")  # [..., E, D]
+        items = embed([item], item_volume, "embed_items")  # [..., I, D]
+        pairs = _space_item_relations(space, item, space_volume, item_volume, waiting)  # [..., E, I, F]
         same = _item_item_relations(item)  # [..., I, I, F']
 
-        ems_mask, item_mask = observation.ems_mask[..., None, :], waiting[..., None, :]
-        heads = config.transformer_num_heads
+        num_heads = config.transformer_num_heads
+        heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
+        bias_of = functools.partial(hk.Linear, with_bias=False)  # A softmax does not see a constant.
         for layer in range(config.num_transformer_layers):
-            attend = functools.partial(Attention, heads, config.transformer_key_size)
-            x = _norm(spaces, f"ems_norm_{layer}")
-            spaces += attend(f"ems_self_{layer}")(x, x, ems_mask, None)
-            x = _norm(items, f"items_norm_{layer}")
-            items += attend(f"items_self_{layer}")(x, x, item_mask, hk.Linear(heads, name=f"same_bias_{layer}")(same))
+            own = heads(_norm(spaces, f"ems_norm_{layer}"), name=f"ems_self_{layer}")
+            spaces += _attend(*own, usable[..., None, :], None, f"ems_self_out_{layer}")
+            own = heads(_norm(items, f"items_norm_{layer}"), name=f"items_self_{layer}")
+            bias = bias_of(num_heads, name=f"same_bias_{layer}")(same)
+            items += _attend(*own, waiting[..., None, :], bias, f"items_self_out_{layer}")
+
+            # Across kinds, each asks with its queries for the keys and values of the other.
             x, y = _norm(spaces, f"ems_cross_norm_{layer}"), _norm(items, f"items_cross_norm_{layer}")
-            bias = hk.Linear(2 * heads, name=f"pair_bias_{layer}")(pairs)
-            spaces += attend(f"ems_cross_{layer}")(x, y, legal, bias[..., :heads])
-            items += attend(f"items_cross_{layer}")(
-                y, x, jnp.swapaxes(legal, -1, -2), jnp.swapaxes(bias[..., heads:], -2, -3)
-            )
+            ems_query, *of_ems = heads(x, name=f"ems_cross_{layer}")
+            items_query, *of_items = heads(y, name=f"items_cross_{layer}")
+            bias = bias_of(2 * num_heads, name=f"pair_bias_{layer}")(pairs)
+            spaces += _attend(ems_query, *of_items, legal, bias[..., :num_heads], f"ems_cross_out_{layer}")
+            bias = jnp.swapaxes(bias[..., num_heads:], -2, -3)
+            items += _attend(items_query, *of_ems, jnp.swapaxes(legal, -1, -2), bias, f"items_cross_out_{layer}")
+
             mlp = functools.partial(hk.nets.MLP, [*config.transformer_mlp_units, width])
             spaces += mlp(name=f"ems_mlp_{layer}")(_norm(spaces, f"ems_mlp_norm_{layer}"))
             items += mlp(name=f"items_mlp_{layer}")(_norm(items, f"items_mlp_norm_{layer}"))
@@ -542,33 +553,45 @@ class PackingNetwork(hk.Module):
             + hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
             + hk.Linear(units, name="pair_relations")(pairs)
         )
-        logits += hk.Linear(1, name="pair_out")(hidden)[..., 0]
-        flat = legal.reshape(*legal.shape[:-2], -1)
-        logits = jnp.where(flat, logits.reshape(flat.shape), MASKED)
+        logits += bias_of(1, name="pair_out")(hidden)[..., 0]
+        rows, columns = (jnp.cumsum(all_legal.any(axis), -1) - 1 for axis in (-1, -2))  # From slots to tokens.
+        logits = jnp.where(all_legal, _take(_take(logits, rows, -2), columns, -1), MASKED)
+        logits = logits.reshape(*logits.shape[:-2], -1)
 
         # Value: what the unplaced items can still add, times a fraction.
         pooled = jnp.concatenate(
             [
-                _masked_mean(spaces, observation.ems_mask),
+                _masked_mean(spaces, usable),
                 _masked_mean(items, waiting),
-                _masked_mean(hidden.reshape(*flat.shape, units), flat),
+                _masked_mean(hidden.reshape(*logits.shape[:-1], -1, units), legal.reshape(*logits.shape[:-1], -1)),
             ],
             -1,
         )
         fraction = jax.nn.sigmoid(hk.nets.MLP([width, 1], name="value")(pooled)[..., 0] + 1.0)
-        return logits, unplaced * fraction * flat.any(-1)
+        return logits, unplaced * fraction
 
 
-def _space_item_relations(space, item, space_volume, item_volume, waiting, legal) -> jax.Array:
+def _slots_of(mask: jax.Array, size: int) -> jax.Array:
+    """The slots that are set in mask [..., n], in order: int32 [..., size], filled up with n, which is no slot."""
+    return (jnp.cumsum(mask, -1)[..., None, :] <= jnp.arange(size)[:, None]).sum(-1)
+
+
+def _take(x: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+    """x [..., n, m] at slots [..., k] of axis -2 or -1, zeros where there is no such slot."""
+    slots = slots[..., None] if axis == -2 else slots[..., None, :]
+    return jnp.take_along_axis(x, slots, axis, mode="fill", fill_value=0)
+
+
+def _space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
     """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
-    fits, share of the space's volume, legality, and whether an unplaced item's length fills the slack exactly."""
+    fits, share of the space's volume, and whether a waiting item's length fills the slack exactly."""
     slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
     fits = _equal_length(slack)
     count = fits.sum(-1, keepdims=True)
     share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
     refill = _equal_length(slack[..., None, :] - item[..., None, None, :, :])  # [..., E, I, I, 3]
     refill = (refill & waiting[..., None, None, :, None]).any(-2)
-    features = [slack, fits, count == 2, count == 3, jnp.minimum(share, 2.0)[..., None], legal[..., None], refill]
+    features = [slack, fits, count == 2, count == 3, jnp.minimum(share, 2.0)[..., None], refill]
     return jnp.concatenate([x.astype(jnp.float32) for x in features], -1)
 
 
@@ -589,22 +612,53 @@ def _masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
 
 
-def make_network(config: RunConfig) -> hk.TransformedWithState:
-    """The network as Haiku functions: init(key, observation) -> (params, state), and
-    apply(params, state, None, observation) -> ((logits, value), state)."""
-    return hk.transform_with_state(lambda observation: PackingNetwork(config)(observation))
-
-
-# ======================================================================================================================
-# Policies and rollout (twin section: the same in both training scripts)
-# ======================================================================================================================
-
-
 class Model(NamedTuple):
     """What a policy plays with."""
 
     params: Any
     state: Any
+
+
+def make_network(config: RunConfig) -> hk.TransformedWithState:
+    """The network as Haiku functions: init(key, observation) -> (params, state), and
+    apply(params, state, None, observation, size) -> ((logits, value), state), with the largest size as default."""
+    return hk.transform_with_state(lambda observation, *size: PackingNetwork(config)(observation, *size))
+
+
+def at_smallest_size(function: Callable, sizes: tuple, observation: Observation, *arguments: Any) -> Any:
+    """function(size, *arguments) at the first of the sizes that holds every row of a batch of observations."""
+    legal = observation.action_mask
+    spaces, items = legal.any(-1).sum(-1).max(), legal.any(-2).sum(-1).max()
+    too_small = [(spaces > size[0]) | (items > size[1]) for size in sizes[:-1]]
+    branches = [functools.partial(function, size) for size in sizes]
+    return jax.lax.switch(sum(x.astype(jnp.int32) for x in too_small), branches, *arguments)
+
+
+def make_predict(network: hk.TransformedWithState) -> Callable[[Model, Observation], tuple[jax.Array, jax.Array]]:
+    """Returns predict(model, observation) -> (logits [A], value []), which under `vmap` looks at its whole batch and
+    runs it at the smallest size."""
+
+    def at_size(size, model, observation):
+        return network.apply(model.params, model.state, None, observation, size)[0]
+
+    @jax.custom_batching.custom_vmap
+    def predict(model, observation):
+        return at_size(SIZES[-1], model, observation)
+
+    @predict.def_vmap
+    def _(axis_size, in_batched, model, observation):
+        _, batched = in_batched
+        observation = jax.tree.map(
+            lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape)), observation, batched
+        )
+        return at_smallest_size(at_size, SIZES, observation, model, observation), (True, True)
+
+    return predict
+
+
+# ======================================================================================================================
+# Policies and rollout (twin section: the same in both training scripts)
+# ======================================================================================================================
 
 
 class Policy(NamedTuple):
@@ -617,9 +671,10 @@ class Policy(NamedTuple):
 
 def make_greedy_policy(network: hk.TransformedWithState) -> Policy:
     """The network's most probable action."""
+    predict = make_predict(network)
 
     def act(model, key, state, observation, memory):
-        (logits, _), _ = network.apply(model.params, model.state, None, observation)
+        logits, _ = predict(model, observation)
         return jnp.argmax(logits, -1).astype(jnp.int32), None, memory
 
     return Policy(start=lambda model, state, observation: (), act=act)
@@ -686,6 +741,7 @@ def make_sampling_policy(network: hk.TransformedWithState, config: Config) -> Po
     With `permute_axes` the network sees each state under a random permutation, here and again when it learns from
     it: the ratio of new to old probabilities compares the same view.
     """
+    predict = make_predict(network)
 
     def act(model: Model, key: jax.Array, state: State, observation: Observation, memory):
         action_key, permutation_key = jax.random.split(key)
@@ -693,7 +749,7 @@ def make_sampling_policy(network: hk.TransformedWithState, config: Config) -> Po
         if config.permute_axes:
             permutation = jax.random.randint(permutation_key, (), 0, 6)
             observation = permute_axes(observation, permutation)
-        (logits, value), _ = network.apply(model.params, model.state, None, observation)
+        logits, value = predict(model, observation)
         action = jax.random.categorical(action_key, logits).astype(jnp.int32)
         log_prob = jax.nn.log_softmax(logits)[action]
         return action, Decision(action, log_prob, value, permutation), memory
@@ -786,12 +842,12 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def make_loss(network: hk.TransformedWithState, config: Config):
-    """Returns loss(params, net_state, samples, count) -> (scalar, metrics), summed over real rows and divided by
-    `count`, the number of real rows on all devices. Sums over devices of the result and its gradient are then the
+    """Returns loss(size, params, net_state, samples, count) -> (scalar, metrics), summed over real rows and divided
+    by `count`, the number of real rows on all devices. Sums over devices of the result and its gradient are then the
     global mean and its gradient."""
 
-    def loss(params, net_state, samples: Samples, count):
-        (logits, value), _ = network.apply(params, net_state, None, samples.observation)
+    def loss(size, params, net_state, samples: Samples, count):
+        (logits, value), _ = network.apply(params, net_state, None, samples.observation, size)
         old = samples.decision
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), old.action[..., None], -1)[..., 0]
         ratio = jnp.exp(log_prob - old.log_prob)
@@ -910,7 +966,7 @@ def make_train_iteration(
     minibatches depend on the devices.
     """
     rollout = make_rollout(env, make_sampling_policy(network, config))
-    gradients = jax.value_and_grad(make_loss(network, config), has_aux=True)
+    gradients = jax.value_and_grad(make_loss(network, config), argnums=1, has_aux=True)
     psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
 
     def minibatch_step(carry, rows, net_state, samples: Samples, rate: jax.Array):
@@ -919,7 +975,8 @@ def make_train_iteration(
         batch = jax.tree.map(lambda x: x[rows], samples)
         seen = jax.vmap(permute_axes)(batch.observation, batch.decision.permutation)
         batch = batch._replace(observation=seen)
-        (_, metrics), grads = gradients(params, net_state, batch, psum(batch.mask.sum()))
+        count = psum(batch.mask.sum())
+        (_, metrics), grads = at_smallest_size(gradients, SIZES[-2:], seen, params, net_state, batch, count)
         metrics, grads = psum((metrics, grads))
         metrics["grad_norm"] = optax.tree.norm(grads)
         return apply_gradients(config, params, opt_state, grads, rate), metrics
@@ -1425,10 +1482,13 @@ def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: Run
     batch = min(64, config.rollout_batch_size)
     env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
 
+    predict, model = make_predict(network), Model(state.params, state.net_state)
+
     @jax.jit
+    @jax.vmap
     def visit(env_state, observation):
-        (logits, value), _ = network.apply(state.params, state.net_state, None, observation)
-        return jax.vmap(functools.partial(step_flat, env))(env_state, jnp.argmax(logits, -1)), value
+        logits, value = predict(model, observation)
+        return step_flat(env, env_state, jnp.argmax(logits)), value
 
     jax.block_until_ready(visit(env_state, timestep.observation))
     start = time.perf_counter()

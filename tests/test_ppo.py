@@ -1,5 +1,6 @@
 """PPO: its estimators against plain loops, its runs, and that it learns."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -127,7 +128,9 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
     zeros = jnp.zeros(60, jnp.int32)
     decision = ppo.Decision(jnp.array(actions), jnp.array(old_log_prob - 3.0), jnp.array(old_value), zeros)
     samples = ppo.Samples(observations, decision, jnp.array(advantage), jnp.array(returns), jnp.array(mask))
-    loss, metrics = jax.jit(ppo.make_loss(network, ppo_config))(model.params, model.state, samples, mask.sum())
+    loss, metrics = jax.jit(functools.partial(ppo.make_loss(network, ppo_config), ppo.SIZES[-1]))(
+        model.params, model.state, samples, mask.sum()
+    )
 
     logits, value = (np.asarray(x, np.float64) for x in apply(model, observations))
     expected = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"), 0.0)

@@ -83,7 +83,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
     network = script.make_network(config)
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     rollout = script.make_rollout(env, policy)
-    gradients = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
+    gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
     def collect(state: script.TrainState):
         key, _ = jax.random.split(jax.random.fold_in(state.key, state.iteration))
@@ -95,7 +95,9 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
         count = jax.lax.psum(batch.mask.sum(), script.DEVICES)
-        (_, metrics), grads = gradients(params, net_state, batch, count)
+        (_, metrics), grads = script.at_smallest_size(
+            gradients, script.SIZES[-2:], batch.observation, params, net_state, batch, count
+        )
         metrics, grads = jax.lax.psum((metrics, grads), script.DEVICES)
         return *script.apply_gradients(config, params, opt_state, grads, config.learning_rate), metrics
 
@@ -118,6 +120,20 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
     return Arm(name, iterate, config)
 
 
+def one_size_arm(name: str, env, config: Config) -> Arm:
+    """The script's own iteration with every pass of the network over all 40 spaces and 20 items."""
+    arm = device_arm(name, env, config)
+
+    def iterate(state: script.TrainState) -> dict:
+        sizes, script.SIZES = script.SIZES, script.SIZES[-1:]  # Read when the first call traces.
+        try:
+            return arm.iterate(state)
+        finally:
+            script.SIZES = sizes
+
+    return Arm(name, iterate, config)
+
+
 def make_arms(config: Config) -> list[Arm]:
     wide = config.model_copy(update=dict(search_width=script.NUM_ACTIONS))
     return [
@@ -126,6 +142,7 @@ def make_arms(config: Config) -> list[Arm]:
         device_arm("800-wide search", script.make_env(), wide),
         host_shuffling_arm("host-side shuffling", script.make_env(), config),
         host_shuffling_arm("all three of these", jumanji_env(), wide),
+        one_size_arm("one size of the network", script.make_env(), config),
     ]
 
 
@@ -160,11 +177,11 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
 # ======================================================================================================================
 
 
-def count_visits(config: Config, model: script.Model, keys: jax.Array) -> dict[str, int]:
-    """How often a device runs the network and the environment, each for its whole batch, in one collection."""
-    calls = {"network": 0, "environment": 0}
+def count_visits(config: Config, model: script.Model, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
+    """Passes of the network by size and steps of the environment in one collection, each for a whole batch."""
+    calls = {name: 0 for name in (*script.SIZES, "environment")}
 
-    def count(name: str, x: jax.Array) -> jax.Array:
+    def count(name: Any, x: jax.Array) -> jax.Array:
         """x, through a call of the host that counts once for a batch."""
 
         def tell(x):
@@ -176,9 +193,9 @@ def count_visits(config: Config, model: script.Model, keys: jax.Array) -> dict[s
     network = script.make_network(config)
     apply = network.apply
 
-    def counted_apply(*arguments):
-        (logits, value), state = apply(*arguments)
-        return (count("network", logits), value), state
+    def counted_apply(params, net_state, rng, observation, size):
+        (logits, value), net_state = apply(params, net_state, rng, observation, size)
+        return (count(size, logits), value), net_state
 
     env = script.make_env()
     step = env.step
@@ -186,7 +203,8 @@ def count_visits(config: Config, model: script.Model, keys: jax.Array) -> dict[s
     network = network._replace(apply=counted_apply)
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     jax.block_until_ready(jax.jit(script.make_rollout(env, policy))(model, keys))
-    return calls
+    steps = calls.pop("environment")
+    return calls, steps
 
 
 def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
@@ -206,21 +224,27 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     half = script.MAX_DECISIONS // 2
     observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
     states, _ = jax.vmap(env.reset)(keys)
-    apply = jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation)[0])
-    act = jax.jit(lambda model, observation: apply(model, observation)[0].argmax(-1))
     step = jax.jit(jax.vmap(functools.partial(script.step_flat, env)))
-    pass_seconds = seconds_of(act, model, observation, rounds=20 * config.rounds)
     step_seconds = seconds_of(step, states, jnp.zeros(size, jnp.int32), rounds=20 * config.rounds)
-    calls = count_visits(config, model, keys)
+    passes, env_steps = count_visits(config, model, keys)
+    network_seconds = flop = 0.0
+    for network_size, number in passes.items():
+
+        def act(model, observation, network_size=network_size):
+            return network.apply(model.params, model.state, None, observation, network_size)[0][0].argmax(-1)
+
+        network_seconds += number * seconds_of(jax.jit(act), model, observation, rounds=20 * config.rounds)
+        flop += number * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
     samples = script.make_samples(trajectory, config.discount)
     local = config.training_batch_size // jax.device_count()
     batch = jax.tree.map(lambda x: jnp.resize(x, (local, *x.shape[1:])), samples)
-    loss = jax.value_and_grad(script.make_loss(network, config), has_aux=True)
+    gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
     @jax.jit
     def gradient_step(model, opt_state, batch):
-        (_, _), grads = loss(model.params, model.state, batch, batch.mask.sum())
+        arguments = batch.observation, model.params, model.state, batch, batch.mask.sum()
+        (_, _), grads = script.at_smallest_size(gradients, script.SIZES[-2:], *arguments)
         return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
 
     gradient = seconds_of(gradient_step, model, opt_state, batch, rounds=config.rounds)
@@ -229,23 +253,23 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     side = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((side, side), jnp.float32)
     best = 2 * side**3 / seconds_of(jax.jit(jnp.matmul), matrix, matrix, rounds=config.rounds)
-    flop = act.lower(model, observation).compile().cost_analysis()["flops"]
     mask = np.asarray(trajectory.mask)
-    network_seconds, env_seconds = calls["network"] * pass_seconds, calls["environment"] * step_seconds
+    env_seconds, states_passed = env_steps * step_seconds, size * sum(passes.values())
     return dict(
         collect=collect,
         network=network_seconds,
         environment=env_seconds,
         tree_and_rest=collect - network_seconds - env_seconds,
         gradient_steps=gradient * steps,
-        batched_passes=calls["network"],
-        batched_steps=calls["environment"],
-        microseconds_a_pass=1e6 * pass_seconds / size,
+        batched_passes=sum(passes.values()),
+        passes_by_size={f"{spaces} x {items}": number for (spaces, items), number in passes.items()},
+        batched_steps=env_steps,
+        microseconds_a_pass=1e6 * network_seconds / states_passed,
         microseconds_a_step=1e6 * step_seconds / size,
-        megaflop_a_pass=flop / size / 1e6,
-        network_gigaflops=flop / pass_seconds / 1e9,
+        megaflop_a_pass=flop / states_passed / 1e6,
+        network_gigaflops=flop / network_seconds / 1e9,
         best_gigaflops=best / 1e9,
-        share_of_floor=flop / pass_seconds / best,
+        share_of_floor=flop / network_seconds / best,
         padding_share=float(1 - mask.mean()),
     )
 
@@ -368,7 +392,7 @@ def main(argv: list[str]) -> int:
     else:
         result["phases"] = phases = measure_phases(config, state)
         for name, value in phases.items():
-            print(f"{name:22} {value:12.4g}", flush=True)
+            print(f"{name:22} {value if isinstance(value, dict) else format(value, '12.4g')}", flush=True)
         result["arms"] = measure_arms(make_arms(config), state, config.rounds)
         for row in result["arms"]:
             print(f"{row['arm']:24} {row['decisions_per_second']:10,.1f} decisions/s  {row['ratio']:6.2f} x the time")

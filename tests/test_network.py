@@ -1,0 +1,65 @@
+"""The network: what it sees, and that the size at which it runs changes its speed only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_search_distill_binpack as script
+
+
+@pytest.fixture(scope="module")
+def observations(played):
+    """Decisions of random episodes, [N, ...]; they use up to 19 spaces, many more than good play."""
+    rows = np.argwhere(np.asarray(script.is_decision(played[1])))
+    return jax.tree.map(lambda x: x[rows[:, 0], rows[:, 1]], played[1])
+
+
+def fits(observations, size) -> np.ndarray:
+    legal = np.asarray(observations.action_mask)
+    return (legal.any(-1).sum(-1) <= size[0]) & (legal.any(-2).sum(-1) <= size[1])
+
+
+@pytest.mark.parametrize("size", script.SIZES)
+def test_every_size_that_holds_a_state_gives_the_same(size, network, model, apply, observations):
+    rows = fits(observations, size)
+    assert rows.sum() > 400
+    observations = jax.tree.map(lambda x: x[rows], observations)
+    at_size = jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation, size)[0])
+    for found, expected in zip(at_size(model, observations), apply(model, observations), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_runs_at_the_smallest_size_that_holds_all_of_it(observations):
+    used = jax.jit(lambda batch: script.at_smallest_size(lambda size: jnp.array(size), script.SIZES, batch))
+    smallest = np.argmax([fits(observations, size) for size in script.SIZES], 0)
+    assert set(smallest) == set(range(len(script.SIZES)))
+    rng = np.random.default_rng(0)
+    for largest in range(len(script.SIZES)):
+        rows = np.append(rng.choice(np.flatnonzero(smallest <= largest), 7), np.flatnonzero(smallest == largest)[0])
+        assert tuple(used(jax.tree.map(lambda x: x[rows], observations)).tolist()) == script.SIZES[largest]  # noqa: B023
+
+
+def test_prediction_under_vmap_equals_a_state_at_a_time(network, model, apply, observations):
+    predict = script.make_predict(network)
+    batch = jax.tree.map(lambda x: x[:64], observations)
+    found = jax.jit(jax.vmap(functools.partial(predict, model)))(batch)
+    for one, expected in zip(found, apply(model, batch), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
+    alone = jax.jit(predict)(model, jax.tree.map(lambda x: x[5], batch))
+    np.testing.assert_allclose(alone[0], found[0][5], rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_legal_action_uses_changes_nothing(model, apply, observations):
+    """Spaces that no item fits into and items that fit nowhere can have any coordinates."""
+    legal = np.asarray(observations.action_mask)
+    dead_space, dead_item = ~legal.any(-1), ~legal.any(-2)
+    ems, rng = observations.ems, np.random.default_rng(0)
+    assert (dead_space & np.asarray(observations.ems_mask)).any() and dead_item.any()
+    scrambled = [np.where(dead_space, rng.random(x.shape), x) for x in jax.tree.leaves(ems)]
+    items = type(observations.items)(*(np.where(dead_item, rng.random(x.shape), x) for x in observations.items))
+    other = observations._replace(ems=jax.tree.unflatten(jax.tree.structure(ems), scrambled), items=items)
+    for found, expected in zip(apply(model, other), apply(model, observations), strict=True):
+        np.testing.assert_array_equal(found, expected)
