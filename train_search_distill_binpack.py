@@ -452,9 +452,9 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 MASKED = -1e9  # A logit that no softmax sees, and finite, so that no gradient becomes NaN.
 
-# Numbers of spaces and items that the network is compiled for. Good play leaves few spaces that an item still fits
-# into, 3 of 40 on average; a batch is run at the first size that holds all of its rows. Minibatches mix all kinds of
-# rows and need one of the last two.
+# Numbers of spaces and items that the network is compiled for; each holds the one before, the last holds any state.
+# Good play leaves few spaces that an item still fits into, so a batch is run at the first size that holds all of its
+# rows. Minibatches mix all kinds of rows and need one of the last two.
 SIZES = ((8, 10), (16, 20), (40, 20))
 
 
@@ -514,10 +514,10 @@ class PackingNetwork(hk.Module):
         usable, waiting = legal.any(-1), legal.any(-2)  # [..., E], [..., I]
         space = upper - lower
         space_volume, item_volume = space.prod(-1), item.prod(-1)
-        unplaced = (item_volume * waiting).sum(-1)  # [...]
+        open_volume = (item_volume * waiting).sum(-1)  # [...]
 
         def embed(lengths: list[jax.Array], volume: jax.Array, name: str) -> jax.Array:
-            left = jnp.broadcast_to(unplaced[..., None], volume.shape)
+            left = jnp.broadcast_to(open_volume[..., None], volume.shape)
             scalars = [x[..., None] for x in (jnp.cbrt(volume), volume, left)]
             return hk.Linear(width, name=name)(jnp.concatenate([*lengths, *scalars], -1))
 
@@ -560,11 +560,12 @@ class PackingNetwork(hk.Module):
             + hk.Linear(units, name="pair_relations")(pairs)
         )
         logits += bias_of(1, name="pair_out")(hidden)[..., 0]
-        rows, columns = (jnp.cumsum(all_legal.any(axis), -1) - 1 for axis in (-1, -2))  # From slots to tokens.
-        logits = jnp.where(all_legal, _take(_take(logits, rows, -2), columns, -1), MASKED)
+        # Back from tokens to slots; a slot that has no token reads that of another, and is masked.
+        space_token, item_token = (jnp.cumsum(all_legal.any(axis), -1) - 1 for axis in (-1, -2))
+        logits = jnp.where(all_legal, _take(_take(logits, space_token, -2), item_token, -1), MASKED)
         logits = logits.reshape(*logits.shape[:-2], -1)
 
-        # Value: what the unplaced items can still add, times a fraction.
+        # Value: what the items that still fit somewhere can add, times a fraction.
         pooled = jnp.concatenate(
             [
                 _masked_mean(spaces, usable),
@@ -574,7 +575,7 @@ class PackingNetwork(hk.Module):
             -1,
         )
         fraction = jax.nn.sigmoid(hk.nets.MLP([width, 1], name="value")(pooled)[..., 0] + 1.0)
-        return logits, unplaced * fraction
+        return logits, open_volume * fraction
 
 
 def _slots_of(mask: jax.Array, size: int) -> jax.Array:
@@ -583,14 +584,14 @@ def _slots_of(mask: jax.Array, size: int) -> jax.Array:
 
 
 def _take(x: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
-    """x [..., n, m] at slots [..., k] of axis -2 or -1, zeros where there is no such slot."""
+    """x [..., n, m] at slots [..., k] of axis -2 or -1, zeros at a slot n, which there is not."""
     slots = slots[..., None] if axis == -2 else slots[..., None, :]
     return jnp.take_along_axis(x, slots, axis, mode="fill", fill_value=0)
 
 
 def _space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
     """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
-    fits, share of the space's volume, and whether a waiting item's length fills the slack exactly."""
+    fits, share of the space's volume, and whether the slack is the length of an item that still fits somewhere."""
     slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
     fits = _equal_length(slack)
     count = fits.sum(-1, keepdims=True)
@@ -632,7 +633,10 @@ def make_network(config: RunConfig) -> hk.TransformedWithState:
 
 
 def at_smallest_size(function: Callable, sizes: tuple, observation: Observation, *arguments: Any) -> Any:
-    """function(size, *arguments) at the first of the sizes that holds every row of a batch of observations."""
+    """function(size, *arguments) at the first of the sizes that holds every row of a batch of observations.
+
+    A loss is differentiated inside of it: the gradient of a switch would move the residuals of all sizes.
+    """
     legal = observation.action_mask
     spaces, items = legal.any(-1).sum(-1).max(), legal.any(-2).sum(-1).max()
     too_small = [(spaces > size[0]) | (items > size[1]) for size in sizes[:-1]]
@@ -641,8 +645,12 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
 
 
 def make_predict(network: hk.TransformedWithState) -> Callable[[Model, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(model, observation) -> (logits [A], value []), which under `vmap` looks at its whole batch and
-    runs it at the smallest size."""
+    """Returns predict(model, observation) -> (logits [A], value []), for one model and, under `vmap`, for a batch at
+    its smallest size; one observation alone is run at the largest.
+
+    The size must be chosen from all rows together, which only a rule of our own sees: a plain `vmap` would make a
+    switch compute every size, and a second one around this does. Not differentiable; losses use `network.apply`.
+    """
 
     def at_size(size, model, observation):
         return network.apply(model.params, model.state, None, observation, size)[0]
@@ -653,8 +661,9 @@ def make_predict(network: hk.TransformedWithState) -> Callable[[Model, Observati
 
     @predict.def_vmap
     def _(axis_size, in_batched, model, observation):
-        _, batched = in_batched
-        observation = jax.tree.map(
+        model_batched, batched = in_batched
+        assert not any(jax.tree.leaves(model_batched)), "one model for the whole batch"
+        observation = jax.tree.map(  # After a reset some leaves are the same for every row.
             lambda x, is_batched: x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape)), observation, batched
         )
         return at_smallest_size(at_size, SIZES, observation, model, observation), (True, True)
@@ -697,7 +706,9 @@ class Trajectory(NamedTuple):
 
 
 def make_rollout(env: BinPack, policy: Policy) -> Callable[[Model, jax.Array], Trajectory]:
-    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone."""
+    """Returns rollout(model, keys [B, 2]) -> Trajectory. An episode is a function of model and key alone, up to the
+    rounding of the network, whose size depends on the whole batch.
+    """
 
     def play(model: Model, key: jax.Array) -> Trajectory:
         state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
@@ -829,7 +840,7 @@ def make_search_policy(
         return root.actions[output.action], Decision(root.actions, output.action_weights, prior), following
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
-    # to the episode's own key, so that an episode does not depend on the batch or device that plays it.
+    # to the episode's own key, so that an episode does not depend on the device that plays it.
     return Policy(start=make_node, act=act)
 
 

@@ -20,7 +20,7 @@ import train_search_distill_binpack as script
 def assert_same_run(run_dir: Path, one_device: Path, first: int = 1) -> None:
     """The same episodes and gradients in the first iteration that was made here, the same parameters after three.
 
-    What a softmax does not see is left out, such as the bias of a key: its gradient is rounding, and Adam steps on it.
+    Parameters without a gradient but rounding are left out, since Adam steps on that.
     """
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (run_dir, one_device))
     for key in ("eval/greedy/avg_return", "eval/greedy/solved_rate", "eval/greedy/packed_items"):

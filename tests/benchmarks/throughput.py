@@ -4,9 +4,9 @@
     python tests/benchmarks/throughput.py out=tests/benchmarks/h200.json                    # one GPU
     python tests/benchmarks/throughput.py preset=cpu sweep=true out=tests/benchmarks/cpu_sweep.json
 
-Every arm is the same iteration, from the same state, with one thing changed (in the last, three); the arms take turns
-in one process, so a ratio compares what ran side by side. Any key of train_search_distill_binpack.py can be given.
-`checkpoint=` measures with a trained network, whose episodes are longer.
+Every arm is the same iteration, from the same state, with one thing changed (in "all three", three); the arms take
+turns in one process, so a ratio compares what ran side by side. Any key of train_search_distill_binpack.py can be
+given. `checkpoint=` measures with a trained network, whose episodes are longer.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
 
 
 def one_size_arm(name: str, env, config: Config) -> Arm:
-    """The script's own iteration with every pass of the network over all 40 spaces and 20 items."""
+    """The script's own iteration with every pass of the network over room for 40 spaces and 20 items."""
     arm = device_arm(name, env, config)
 
     def iterate(state: script.TrainState) -> dict:
@@ -142,7 +142,7 @@ def make_arms(config: Config) -> list[Arm]:
         device_arm("800-wide search", script.make_env(), wide),
         host_shuffling_arm("host-side shuffling", script.make_env(), config),
         host_shuffling_arm("all three of these", jumanji_env(), wide),
-        one_size_arm("one size of the network", script.make_env(), config),
+        one_size_arm("every pass at full size", script.make_env(), config),
     ]
 
 
