@@ -646,6 +646,7 @@ def make_predict(network: hk.TransformedWithState) -> Callable[[Model, Observati
     switch compute every size, and a second one around this does. Not differentiable; losses use `network.apply`.
     """
 
+    @functools.partial(jax.jit, static_argnums=0)  # Traced once for all places in the search that call it.
     def at_size(size, model, observation):
         return network.apply(model.params, model.state, None, observation, size)[0]
 
