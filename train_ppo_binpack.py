@@ -23,8 +23,11 @@ D model width, H attention heads, M minibatch.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import difflib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -76,8 +79,8 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 DEVICES = "devices"  # The pmapped axis.
 MAX_DECISIONS = 19  # Every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
 NUM_ACTIONS = 800
-NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "compilation_cache_dir", "distributed", "coordinator_address",
-                     "num_processes", "process_id")  # fmt: skip
+NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_checkpoints", "compilation_cache_dir",
+                     "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
 
 
 class RunConfig(BaseModel):
@@ -112,6 +115,8 @@ class RunConfig(BaseModel):
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
     save_dir: Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
+    save_minutes: NotNegative = Field(10.0, description="minutes after which a checkpoint is saved anyway (0: never)")
+    keep_checkpoints: CountOrZero = Field(0, description="newest checkpoints that are kept (0: all)")
     resume: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         "", description="'auto' (this run's newest checkpoint, if any) or the path of a checkpoint"
     )
@@ -211,6 +216,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class UsageError(Exception):
     """A mistake of the user: one line that says what was expected, what came and what to type instead."""
+
+
+class DamagedFile(UsageError):
+    """A checkpoint that is not as it was written."""
+
+
+class CannotWrite(UsageError):
+    """A full disk or a read-only folder in the middle of a run."""
 
 
 def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: dict[str, dict]) -> tuple[Any, str]:
@@ -646,7 +659,6 @@ def make_predict(network: hk.TransformedWithState) -> Callable[[Model, Observati
     switch compute every size, and a second one around this does. Not differentiable; losses use `network.apply`.
     """
 
-    @functools.partial(jax.jit, static_argnums=0)  # Traced once for all places in the search that call it.
     def at_size(size, model, observation):
         return network.apply(model.params, model.state, None, observation, size)[0]
 
@@ -1114,6 +1126,7 @@ CONTENTS = dict(
     wandb_id=str,
 )  # fmt: skip
 MAX_ENTRIES = 1_000_000
+DIGEST = b"sha256:"  # After the pickle, which ends by itself: pickle.load does not read on.
 
 
 class _Refusing:
@@ -1205,13 +1218,19 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def write_checkpoint(path: Path, contents: dict) -> None:
-    """Writes a dict of plain values and numpy arrays in one atomic step: a reader finds the whole file or none."""
+    """Writes a dict of plain values and numpy arrays, and its digest, in one atomic step: a reader finds the whole file
+    or none. Raises `OSError` and leaves nothing where there is no room."""
+    data = pickle.dumps(contents, protocol=4)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        pickle.dump(contents, file, protocol=4)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data + DIGEST + hashlib.sha256(data).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -1220,14 +1239,19 @@ def write_checkpoint(path: Path, contents: dict) -> None:
 
 
 def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | None = None) -> dict:
-    """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else."""
+    """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else, of
+    which `DamagedFile` for one that is not as it was written."""
     try:
-        with open(path, "rb") as file:
-            contents = _PlainUnpickler(file).load()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
+    body, marker, digest = data[:-39], data[-39:-32], data[-32:]
+    if marker == DIGEST and hashlib.sha256(body).digest() != digest:
+        raise DamagedFile(f"{path}: damaged, its digest does not fit what it holds; give another iter_*.pkl")
+    try:
+        contents = _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # A damaged pickle can raise nearly anything.
-        raise UsageError(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
+        raise DamagedFile(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
     contents = contents if isinstance(contents, dict) else {}
     version = contents.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:
@@ -1250,6 +1274,28 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns an error of the file system, while a run writes to a path, into a line that says what is left."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(
+            f"{path}: cannot be written ({error.strerror}); the checkpoints in {path.parent} are whole: make room there"
+            " and type resume=auto (no overwrite)"
+        ) from None
+
+
+def newest_sound(checkpoints: list[Path], env_id: str) -> dict:
+    """The newest checkpoint that can be read, of some, oldest first; says which it skips. Raises `UsageError`."""
+    for path in reversed(checkpoints[1:]):
+        try:
+            return read_checkpoint(path, METHOD, env_id)
+        except DamagedFile as error:
+            print(f"Skipped {str(error).rpartition(';')[0]}")
+    return read_checkpoint(checkpoints[0], METHOD, env_id)
+
+
 def prepare_run(config: RunConfig) -> dict | None:
     """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
 
@@ -1263,7 +1309,7 @@ def prepare_run(config: RunConfig) -> dict | None:
         raise UsageError(unusable % error) from None
     checkpoint, in_the_way = None, []
     if config.resume == "auto" and earlier:
-        checkpoint = read_checkpoint(earlier[-1], METHOD, config.env_id)
+        checkpoint = newest_sound(earlier, config.env_id)
     elif config.resume and config.resume != "auto":
         checkpoint = read_checkpoint(config.resume, METHOD, config.env_id)
         source = Path(config.resume).resolve()
@@ -1336,7 +1382,8 @@ class RunLog:
 
     def record(self, row: dict[str, float]) -> None:
         """One row an iteration: `iteration`, `frames` (decisions so far), `hours`, and the metrics."""
-        self._file.write(json.dumps(row) + "\n")
+        with writing(self.path):
+            self._file.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             try:
                 self._wandb.log(row)
@@ -1346,7 +1393,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # Said when the row was written.
+            self._file.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish()
@@ -1564,11 +1612,13 @@ def train(config: RunConfig, preset: str) -> int:
             f" {seconds * config.max_num_iters / 3600:,.1f} h. preset=cpu is a complete run for two cores."
         )
 
-    log = RunLog(config, iteration, wandb_id) if is_first else NoLog()
+    with writing(run_dir / "metrics.jsonl"):
+        log = RunLog(config, iteration, wandb_id) if is_first else NoLog()
     state = replicate(state)
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
     evaluate = make_evaluate(env, network, config)
-    start = time.perf_counter()
+    start = saved_at = time.perf_counter()
+    saved_iteration = iteration
 
     def evaluation_metrics() -> dict[str, float]:
         metrics = {}
@@ -1586,6 +1636,8 @@ def train(config: RunConfig, preset: str) -> int:
         return seconds_before + time.perf_counter() - start
 
     def save() -> None:
+        nonlocal saved_at, saved_iteration
+        saved_at, saved_iteration = time.perf_counter(), iteration
         if not is_first:
             return
         model = host_copy(Model(state.params, state.net_state))
@@ -1601,7 +1653,11 @@ def train(config: RunConfig, preset: str) -> int:
             wandb_id=wandb_id,
             versions=library_versions(),
         )
-        write_checkpoint(run_dir / f"iter_{iteration:06d}.pkl", contents)
+        path = run_dir / f"iter_{iteration:06d}.pkl"
+        with writing(path):
+            write_checkpoint(path, contents)
+            for old in find_checkpoints(run_dir)[: -config.keep_checkpoints] if config.keep_checkpoints else []:
+                old.unlink()
 
     stopped = in_any_process(stop.made)
     try:
@@ -1618,14 +1674,15 @@ def train(config: RunConfig, preset: str) -> int:
             metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
             hours = elapsed() / 3600  # An evaluation counts for what comes after it.
             log.record({"iteration": iteration, "frames": frames, "hours": hours} | metrics | evaluation_metrics())
-            if is_due(config, iteration, config.save_interval):
+            is_late = 0 < 60 * config.save_minutes < time.perf_counter() - saved_at
+            if is_late or is_due(config, iteration, config.save_interval):
                 save()
             log.advance(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
             )
             stopped = in_any_process(stop.made)
-        if not is_due(config, iteration, config.save_interval):
+        if iteration != saved_iteration:
             save()
     finally:
         log.close()
@@ -1645,7 +1702,9 @@ def main(argv: list[str]) -> int:
         config, preset = parse_command_line(argv, Config, PRESETS)
         return train(config, preset)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, CannotWrite) and jax.process_count() > 1:
+            os._exit(2)  # As below.
         return 2
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

@@ -1,9 +1,11 @@
 """Whole runs: log, checkpoints, resuming, stopping, Weights & Biases."""
 
+import contextlib
 import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -180,18 +182,82 @@ def test_overwrite_starts_again(search_run, tmp_path):
     assert [row["iteration"] for row in log_of(run_dir)] == [0, 1, 2, 3, 4]
 
 
-def test_an_interrupted_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skips(search_run, tmp_path, capsys):
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    shutil.copytree(search_run, run_dir)
+    config, _ = script.parse_command_line(
+        override("resume=auto", f"save_dir={tmp_path}"), script.Config, script.PRESETS
+    )
+    paths = script.find_checkpoints(run_dir)
+    paths[3].write_bytes(paths[3].read_bytes()[:-5000])
+    flipped = bytearray(paths[2].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    paths[2].write_bytes(flipped)
+    assert script.prepare_run(config)["iteration"] == 2
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [f"Skipped {path}" for path in (paths[3], paths[2])]
+    for path in paths[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(script.UsageError, match="iter_000001.pkl: not a checkpoint"):
+        script.prepare_run(config)
+
+
+def test_damage_to_a_checkpoint_is_detected_or_harmless(search_run, tmp_path):
+    """200 flipped bits and 50 truncations, some of them in the digest itself."""
+    good, path, rng = (
+        (search_run / "iter_000004.pkl").read_bytes(),
+        tmp_path / "iter_000001.pkl",
+        np.random.default_rng(0),
+    )
+    expected = script.read_checkpoint(search_run / "iter_000004.pkl")
+    positions = [*rng.integers(0, len(good), 190), *rng.integers(len(good) - 39, len(good), 10)]
+    damaged = [good[:i] + bytes([good[i] ^ (1 << int(rng.integers(8)))]) + good[i + 1 :] for i in positions]
+    damaged += [good[:i] for i in [*rng.integers(0, len(good), 40), *range(len(good) - 50, len(good), 5)]]
+    detected = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            found = script.read_checkpoint(path)
+        except script.DamagedFile as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            detected += 1
+        else:
+            assert jax.tree.structure(found) == jax.tree.structure(expected)
+            assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)))
+    assert len(damaged) == 250 and 230 <= detected < 250  # A marker that is gone is harmless.
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """The system refuses to let a file grow beyond a size, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_without_room_leaves_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "iter_000001.pkl"
     script.write_checkpoint(path, {"a": 1})
+    with files_up_to(10_000), pytest.raises(OSError):
+        script.write_checkpoint(path, {"a": np.zeros(10_000)})
+    assert script._PlainUnpickler(path.open("rb")).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
-    def broken(*arguments, **more):
-        raise OSError("disk full")
 
-    monkeypatch.setattr(pickle, "dump", broken)
-    with pytest.raises(OSError):
-        script.write_checkpoint(path, {"a": 2})
-    monkeypatch.undo()
-    assert load(path) == {"a": 1} and script.find_checkpoints(tmp_path) == [path]
+def test_a_run_without_room_ends_with_a_line_and_keeps_its_checkpoints(search_run, tmp_path, capsys):
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    shutil.copytree(search_run, run_dir, ignore=shutil.ignore_patterns("iter_000003.pkl", "iter_000004.pkl"))
+    with files_up_to((run_dir / "iter_000002.pkl").stat().st_size // 2):
+        assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run_dir / 'iter_000003.pkl'}: cannot be written (") and "resume=auto" in line
+    assert sorted(path.name for path in run_dir.iterdir() if path.is_file()) == [
+        "iter_000001.pkl", "iter_000002.pkl", "metrics.jsonl",
+    ]  # fmt: skip
+    for path in script.find_checkpoints(run_dir):
+        assert script.read_checkpoint(path)["iteration"] == int(path.stem[5:])
 
 
 def test_nothing_is_compiled_after_the_second_iteration(tmp_path, monkeypatch):
@@ -262,8 +328,10 @@ def test_training_goes_on_when_wandb_fails(tmp_path, monkeypatch, capsys):
             raise RuntimeError("service died")
 
     monkeypatch.setattr(script, "_start_wandb", lambda *_: Broken())
-    run_dir = run(tmp_path)
+    run_dir = run(tmp_path, "save_interval=100", "save_minutes=0.00001", "keep_checkpoints=2")
     assert "W&B stopped" in capsys.readouterr().out and len(log_of(run_dir)) == 5
+    # Saved every iteration for its minutes, and of four checkpoints the newest two are kept.
+    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000003.pkl", "iter_000004.pkl"]
 
 
 def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, capsys):
