@@ -58,7 +58,7 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
 
 
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
-    words = ("policy=greedy,search,best_of_n,sample", "n=10", "num_simulations=4")
+    words = ("policy=greedy,search,best_of_n,sample", "n=100", "num_simulations=4")
     search_run /= "iter_000001.pkl"  # One that leaves room.
     greedy, search, best, sample = (np.array(row["returns"]) for row in run(tmp_path, search_run, *words)["rows"])
     assert (search >= greedy).all() and (best >= greedy).all() and (best >= sample).all()

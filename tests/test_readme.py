@@ -25,7 +25,6 @@ RUN = (
     "train_search_distill_binpack.py",
     "train_search_distill_binpack.py preset=cpu",
     "train_ppo_binpack.py preset=cpu",
-    "train_ppo_binpack.py --loss cispo --seed 42 learning_rate=1e-4",
 )
 README = (ROOT / "README.md").read_text()
 
