@@ -1,11 +1,12 @@
-"""Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and writes the README's table from it
-and `tests/results/floors.json`, and its table of speeds.
+"""Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and makes the README's table and curves
+from it and `tests/results/floors.json`, and its table of speeds.
 
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
 takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
 A further folder of PPO, with fewer iterations, is for the comparison at equal decisions alone: its hours are not kept.
-Groups of a method that no folder has stay as they are. Without arguments only the table is made. The floors come from
+Groups of a method that no folder has stay as they are; hours are compared where both methods had the same machine.
+Without arguments only the tables and the curves are made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
 
@@ -19,10 +20,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
+CURVES = ROOT / "tests" / "results" / "curves.png"
 FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
@@ -30,6 +34,7 @@ FLOOR_LABELS = {
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
+METHODS = {"ppo": "PPO", "search_distill": "search distillation"}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -83,8 +88,9 @@ def at(run: dict, key: str, value: float) -> float:
 def table(results: dict, floors: dict) -> str:
     """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
     devices = dict.fromkeys(group["device"] for group in results["groups"])
+    machine = f", {next(iter(devices))}" if len(devices) == 1 else ""  # Of several, each row names its own.
     lines = [
-        f"| `preset=cpu`, {' / '.join(devices)} | decisions | minutes | utilisation | filled completely |",
+        f"| `preset=cpu`{machine} | decisions | minutes | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -97,7 +103,7 @@ def table(results: dict, floors: dict) -> str:
         if "hours" not in runs[0]["curve"][0]:
             continue
         decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
-        method = {"ppo": "PPO", "search_distill": "search distillation"}[group["method"]]
+        method = METHODS[group["method"]] + ("" if machine else f" ({group['device']})")
         cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
         simulations = config.get("eval_num_simulations")
         for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
@@ -127,6 +133,7 @@ def sentences(results: dict) -> str:
             next((point["hours"] for point in run["curve"] if point["utilisation"] > bar), math.inf) for run in search
         )
     )
+    devices = {group["method"]: group["device"] for group in reversed(results["groups"])}
     hours = min(run["curve"][-1]["hours"] for run in search + ppo)
 
     def both(key: str, value: float, others: list) -> str:
@@ -138,9 +145,14 @@ def sentences(results: dict) -> str:
     text = (
         "Minutes are those of collecting and learning, compilation included and evaluation not. The network of search"
         f" distillation was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f} with"
-        f" every seed. At equal wall-clock, {60 * hours:.1f} minutes, the networks alone stand at:"
-        f" {both('hours', hours, ppo)}."
+        " every seed."
     )
+    if devices["search_distill"] == devices["ppo"]:
+        text += (
+            f" At equal wall-clock, {60 * hours:.1f} minutes, the networks alone stand at: {both('hours', hours, ppo)}."
+        )
+    else:
+        text += " The methods were measured on different machines and commits: their minutes do not compare."
     shorter = [group["runs"] for group in results["groups"] if group["method"] == "ppo"][1:]
     if shorter:
         decisions = min(run["curve"][-1]["decisions"] for run in search + shorter[0])
@@ -184,6 +196,24 @@ def with_tables(readme: str, results: dict, floors: dict, benchmark: dict) -> st
     return readme
 
 
+def draw(results: dict) -> None:
+    """The README's curves."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    timed = [group for group in results["groups"] if "hours" in group["runs"][0]["curve"][0]]
+    several = len({group["device"] for group in timed}) > 1
+    evaluate.draw_curves(
+        str(CURVES),
+        {
+            METHODS[group["method"]] + (f", {group['device']}" if several else ""): [
+                np.array([[point[key] for key in CURVE] for point in run["curve"]]) for run in group["runs"]
+            ]
+            for group in timed
+        },
+    )
+
+
 def main(argv: list[str]) -> None:
     if argv:
         device, *folders = argv
@@ -199,6 +229,7 @@ def main(argv: list[str]) -> None:
     readme = ROOT / "README.md"
     results, floors, benchmark = (json.loads(path.read_text()) for path in (RESULTS, FLOORS, BENCHMARK))
     readme.write_text(with_tables(readme.read_text(), results, floors, benchmark))
+    draw(results)
 
 
 if __name__ == "__main__":
