@@ -488,7 +488,7 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
         ax.set(xlabel=label)
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="utilisation, network alone", xscale="log")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
