@@ -1274,6 +1274,14 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]))
 
 
+def remove_older(newest: Path, keep: int) -> None:
+    """Deletes a run's checkpoints before the last `keep` up to the newest (0: none). Later ones, which a resumed run
+    skipped as damaged, do not count."""
+    found = find_checkpoints(newest.parent)
+    for path in found[: found.index(newest) + 1][:-keep] if keep else []:
+        path.unlink()
+
+
 @contextlib.contextmanager
 def writing(path: Path):
     """Turns an error of the file system, while a run writes to a path, into a line that says what is left."""
@@ -1281,8 +1289,8 @@ def writing(path: Path):
         yield
     except OSError as error:
         raise CannotWrite(
-            f"{path}: cannot be written ({error.strerror}); the checkpoints in {path.parent} are whole: make room there"
-            " and type resume=auto (no overwrite)"
+            f"{path}: cannot be written ({error.strerror or error}); the checkpoints in {path.parent} are whole: make"
+            " room there and type resume=auto (no overwrite)"
         ) from None
 
 
@@ -1656,8 +1664,7 @@ def train(config: RunConfig, preset: str) -> int:
         path = run_dir / f"iter_{iteration:06d}.pkl"
         with writing(path):
             write_checkpoint(path, contents)
-            for old in find_checkpoints(run_dir)[: -config.keep_checkpoints] if config.keep_checkpoints else []:
-                old.unlink()
+            remove_older(path, config.keep_checkpoints)
 
     stopped = in_any_process(stop.made)
     try:

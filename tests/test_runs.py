@@ -227,6 +227,15 @@ def test_damage_to_a_checkpoint_is_detected_or_harmless(search_run, tmp_path):
     assert len(damaged) == 250 and 230 <= detected < 250  # A marker that is gone is harmless.
 
 
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 9]), (1, [3, 9]), (2, [2, 3, 9]), (5, [1, 2, 3, 9])])
+def test_only_older_checkpoints_are_removed(keep, left, tmp_path):
+    """A later one, skipped as damaged, does not count: else the sound ones would go for it."""
+    for i in (1, 2, 3, 9):
+        (tmp_path / f"iter_{i:06d}.pkl").touch()
+    script.remove_older(tmp_path / "iter_000003.pkl", keep)
+    assert [int(path.stem[5:]) for path in script.find_checkpoints(tmp_path)] == left
+
+
 @contextlib.contextmanager
 def files_up_to(size: int):
     """The system refuses to let a file grow beyond a size, as a full disk does."""
