@@ -67,3 +67,21 @@ def test_what_no_legal_action_uses_changes_nothing(model, apply, observations):
     other = observations._replace(ems=jax.tree.unflatten(jax.tree.structure(ems), scrambled), items=items)
     for found, expected in zip(apply(model, other), apply(model, observations), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_the_order_of_spaces_and_items_does_not_matter(model, apply, observations):
+    """With the slots of both reversed, each action keeps its logit and the state its value."""
+    flip = lambda x, *axes: jnp.flip(x, axes)  # noqa: E731
+    mirrored = observations._replace(
+        ems=jax.tree.map(lambda x: flip(x, -1), observations.ems),
+        ems_mask=flip(observations.ems_mask, -1),
+        items=jax.tree.map(lambda x: flip(x, -1), observations.items),
+        items_mask=flip(observations.items_mask, -1),
+        items_placed=flip(observations.items_placed, -1),
+        action_mask=flip(observations.action_mask, -1, -2),
+    )
+    (logits, value), (mirrored_logits, mirrored_value) = apply(model, observations), apply(model, mirrored)
+    np.testing.assert_allclose(mirrored_logits[:, ::-1], logits, rtol=1e-4, atol=1e-4)  # Action ems * I + item.
+    np.testing.assert_allclose(mirrored_value, value, rtol=1e-4, atol=1e-4)
+    legal = np.asarray(script.legal_actions(observations))
+    assert np.std(np.asarray(logits)[legal]) > 0.1
