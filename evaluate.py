@@ -126,7 +126,7 @@ class Checkpoint:
 
     @functools.cached_property
     def _greedy(self) -> Policy:
-        return search_distill.make_greedy_policy(self.network)
+        return search_distill.make_greedy_policy(self.network, self.config)
 
     @functools.cached_property
     def _apply(self) -> Callable:
@@ -188,11 +188,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 # ======================================================================================================================
 
 
-def make_sample_policy(network) -> Policy:
+def make_sample_policy(network, config: RunConfig) -> Policy:
     """An action drawn from the network's distribution. The model is (Model, number): each number gives an episode
     of its own on the same instance."""
 
-    predict = search_distill.make_predict(network)
+    predict = search_distill.make_predict(network, config)
 
     def act(numbered, key, state, observation, memory):
         model, number = numbered
@@ -287,7 +287,7 @@ def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Con
         }
         return [(make[name](), ())]
     network, model = checkpoint.network, checkpoint.model
-    greedy, sample = (checkpoint._greedy, model), make_sample_policy(network)
+    greedy, sample = (checkpoint._greedy, model), make_sample_policy(network, checkpoint.config)
     if name == "sample":
         return [(sample, (model, np.int32(0)))]
     if name == "best_of_n":
@@ -596,6 +596,7 @@ def main(argv: list[str]) -> int:
     try:
         paths, overrides = split_words(argv)
         config, _ = search_distill.parse_command_line(overrides, Config, {})
+        search_distill.use_cpu_cores(64)
         search_distill.use_compilation_cache(search_distill.Config().compilation_cache_dir)
         evaluate(argv, paths, config)
         return 0

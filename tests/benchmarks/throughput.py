@@ -95,10 +95,8 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
         count = jax.lax.psum(batch.mask.sum(), script.DEVICES)
-        (_, metrics), grads = script.at_smallest_size(
-            gradients, script.SIZES[-2:], batch.observation, params, net_state, batch, count
-        )
-        metrics, grads = jax.lax.psum((metrics, grads), script.DEVICES)
+        sums = script.sum_over_rows(gradients, config, batch, params, net_state, count)
+        (_, metrics), grads = jax.lax.psum(sums, script.DEVICES)
         return *script.apply_gradients(config, params, opt_state, grads, config.learning_rate), metrics
 
     collect, learn = (jax.pmap(function, axis_name=script.DEVICES) for function in (collect, learn))
@@ -120,29 +118,16 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
     return Arm(name, iterate, config)
 
 
-def one_size_arm(name: str, env, config: Config) -> Arm:
-    """The script's own iteration with every pass of the network over room for 40 spaces and 20 items."""
-    arm = device_arm(name, env, config)
-
-    def iterate(state: script.TrainState) -> dict:
-        sizes, script.SIZES = script.SIZES, script.SIZES[-1:]  # Read when the first call traces.
-        try:
-            return arm.iterate(state)
-        finally:
-            script.SIZES = sizes
-
-    return Arm(name, iterate, config)
-
-
 def make_arms(config: Config) -> list[Arm]:
     wide = config.model_copy(update=dict(search_width=script.NUM_ACTIONS))
+    one_size = config.model_copy(update=dict(token_sizes=config.token_sizes[-1:]))
     return [
         device_arm("as it is", script.make_env(), config),
         device_arm("Jumanji's EMS update", jumanji_env(), config),
         device_arm("800-wide search", script.make_env(), wide),
         host_shuffling_arm("host-side shuffling", script.make_env(), config),
         host_shuffling_arm("all three of these", jumanji_env(), wide),
-        one_size_arm("every pass at full size", script.make_env(), config),
+        device_arm("every pass at full size", script.make_env(), one_size),
     ]
 
 
@@ -179,7 +164,7 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
 
 def count_visits(config: Config, model: script.Model, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
     """Passes of the network by size and steps of the environment in one collection, each for a whole batch."""
-    calls = {name: 0 for name in (*script.SIZES, "environment")}
+    calls = {name: 0 for name in (*config.token_sizes, "environment")}
 
     def count(name: Any, x: jax.Array) -> jax.Array:
         """x, through a call of the host that counts once for a batch."""
@@ -243,8 +228,8 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
 
     @jax.jit
     def gradient_step(model, opt_state, batch):
-        arguments = batch.observation, model.params, model.state, batch, batch.mask.sum()
-        (_, _), grads = script.at_smallest_size(gradients, script.SIZES[-2:], *arguments)
+        arguments = batch, model.params, model.state, batch.mask.sum()
+        (_, _), grads = script.sum_over_rows(gradients, config, *arguments)
         return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
 
     gradient = seconds_of(gradient_step, model, opt_state, batch, rounds=config.rounds)
@@ -371,6 +356,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, _ = script.parse_command_line(argv, Config, script.PRESETS)
+        script.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
         if config.out and not Path(config.out).parent.is_dir():
             raise script.UsageError(f"out={config.out}: expected a file in a folder that exists; type out=speed.json")
         for key in ("rollout_batch_size", "training_batch_size"):
