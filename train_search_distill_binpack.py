@@ -408,7 +408,7 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     candidates = _pack_bits(candidate[..., None])  # [6, W, 1]
     kept_around = _pack_bits((kept & (plane <= -sides[moved]))[..., None])  # Reach as far as the plane.
     slots = np.arange(num_ems)
-    earlier, up_to = _pack_bits(slots[:, None] < slots), _pack_bits(slots[:, None] <= slots)  # [W, E]
+    earlier = _pack_bits(slots[:, None] < slots)  # [W, E]
     first = _pack_bits(slots[:, None] == 0)  # [W, 1]
 
     candidate &= ~(inside & ~around & candidates).any(-2)  # Strictly inside another one.
@@ -416,12 +416,20 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     inside_kept = inside & kept_around
     accepted = candidate & ~(twins | inside_kept).any(-2)  # [6, E]; flat, it is in Jumanji's order
 
-    # The i-th accepted candidate takes the i-th free slot.
-    rank = jax.lax.population_count(_pack_bits(accepted[..., None]) & up_to).sum(-2)  # [6, E], within its face
-    before = jnp.tril(jnp.broadcast_to(rank[:, -1], (6, 6)), -1).sum(-1, keepdims=True)
-    rank = (rank + before).astype(jnp.int32).reshape(-1)  # [6E], 1 for the first.
-    free_rank = jax.lax.population_count(_pack_bits(~kept[:, None]) & up_to).sum(-2).astype(jnp.int32)  # [E]
-    source = (rank[:, None] < free_rank).sum(0)  # [E]: index of the candidate with this rank.
+    # The i-th accepted candidate takes the i-th free slot. Ranks are numbers of bits up to a place.
+    count = jax.lax.population_count
+    words = _pack_bits(accepted.reshape(-1, 1))  # [W', 1]
+    before = jnp.tril(jnp.broadcast_to(count(words[:, 0]), (len(words), len(words))), -1).sum(-1)  # [W'], exclusive
+    up_to = _pack_bits(np.tri(BITS, dtype=bool).T)[0]  # [BITS]
+    rank = (
+        (before[:, None] + count(words & up_to)).astype(jnp.int32).reshape(-1)[: 6 * num_ems]
+    )  # [6E], 1 for the first.
+    free_rank = count(_pack_bits(~kept[:, None]) & _pack_bits(np.tri(num_ems, dtype=bool).T)).sum(-2)  # [E]
+    free_rank = free_rank.astype(jnp.int32)
+    word = (before[:, None] < free_rank).sum(0) - 1  # [E]: that of the candidate with this rank,
+    in_word = free_rank - before[word]
+    bit = (count(words[word, 0] & up_to[:, None]) < in_word).sum(0)  # and its place there.
+    source = word * BITS + bit
     filled = ~kept & (free_rank <= rank[-1])
 
     # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
@@ -451,11 +459,14 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     return state.ems.replace(**bounds), kept | filled
 
 
+BITS = 20  # A word of a bit mask: two hold 40 EMSs without padding.
+
+
 def _pack_bits(x: jax.Array) -> jax.Array:
-    """Bool [..., n, m] -> uint32 [..., ceil(n / 20), m], 20 bits a word (two words for 40 EMSs, without padding)."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 20), (0, 0)])
-    x = x.reshape(*x.shape[:-2], -1, 20, x.shape[-1]).astype(jnp.uint32)
-    return (x << jnp.arange(20, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
+    """Bool [..., n, m] -> uint32 [..., ceil(n / BITS), m]."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % BITS), (0, 0)])
+    x = x.reshape(*x.shape[:-2], -1, BITS, x.shape[-1]).astype(jnp.uint32)
+    return (x << jnp.arange(BITS, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
 
 
 def _and_of_others(x: jax.Array) -> jax.Array:
@@ -506,12 +517,12 @@ def _heads(x: jax.Array, num_heads: int, key_size: int, name: str) -> tuple[jax.
 def _attend(query, key, value, mask: jax.Array, bias: jax.Array | None, name: str) -> jax.Array:
     """Multi-head attention with an additive bias of its logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018).
 
-    query [..., n, H, d], key and value [..., m, H, d], mask [..., n or 1, m], bias [..., n, m, H] -> [..., n, H * d].
+    query [..., n, H, d], key and value [..., m, H, d], mask [..., n or 1, m], bias [..., H, n, m] -> [..., n, H * d].
     A row that may look at nothing gets zeros.
     """
     logits = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
     if bias is not None:
-        logits += jnp.moveaxis(bias, -1, -3)
+        logits += bias
     weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
     mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, value)
     mixed = mixed.reshape(*mixed.shape[:-2], -1)
@@ -568,22 +579,21 @@ class PackingNetwork(hk.Module):
 
         num_heads = config.transformer_num_heads
         heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
-        bias_of = functools.partial(hk.Linear, with_bias=False)  # A softmax does not see a constant.
         for layer in range(config.num_transformer_layers):
             own = heads(_norm(spaces, f"ems_norm_{layer}"), name=f"ems_self_{layer}")
             spaces += _attend(*own, usable[..., None, :], None, f"ems_self_out_{layer}")
             own = heads(_norm(items, f"items_norm_{layer}"), name=f"items_self_{layer}")
-            bias = bias_of(num_heads, name=f"same_bias_{layer}")(same)
+            bias = _bias(same, num_heads, f"same_bias_{layer}")
             items += _attend(*own, waiting[..., None, :], bias, f"items_self_out_{layer}")
 
             # Across kinds, each asks with its queries for the keys and values of the other.
             x, y = _norm(spaces, f"ems_cross_norm_{layer}"), _norm(items, f"items_cross_norm_{layer}")
             ems_query, *of_ems = heads(x, name=f"ems_cross_{layer}")
             items_query, *of_items = heads(y, name=f"items_cross_{layer}")
-            bias = bias_of(2 * num_heads, name=f"pair_bias_{layer}")(pairs)
-            spaces += _attend(ems_query, *of_items, legal, bias[..., :num_heads], f"ems_cross_out_{layer}")
-            bias = jnp.swapaxes(bias[..., num_heads:], -2, -3)
-            items += _attend(items_query, *of_ems, jnp.swapaxes(legal, -1, -2), bias, f"items_cross_out_{layer}")
+            bias = _bias(pairs, 2 * num_heads, f"pair_bias_{layer}")
+            spaces += _attend(ems_query, *of_items, legal, bias[..., :num_heads, :, :], f"ems_cross_out_{layer}")
+            bias, mask = (jnp.swapaxes(x, -1, -2) for x in (bias[..., num_heads:, :, :], legal))
+            items += _attend(items_query, *of_ems, mask, bias, f"items_cross_out_{layer}")
 
             mlp = functools.partial(hk.nets.MLP, [*config.transformer_mlp_units, width])
             spaces += mlp(name=f"ems_mlp_{layer}")(_norm(spaces, f"ems_mlp_norm_{layer}"))
@@ -599,11 +609,12 @@ class PackingNetwork(hk.Module):
             + hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
             + hk.Linear(units, name="pair_relations")(pairs)
         )
-        logits += bias_of(1, name="pair_out")(hidden)[..., 0]
+        logits += hk.Linear(1, with_bias=False, name="pair_out")(hidden)[..., 0]
         # Back from tokens to slots; a slot that has no token reads that of another, and is masked.
-        space_token, item_token = (jnp.cumsum(all_legal.any(axis), -1) - 1 for axis in (-1, -2))
-        logits = jnp.where(all_legal, _take(_take(logits, space_token, -2), item_token, -1), MASKED)
-        logits = logits.reshape(*logits.shape[:-2], -1)
+        space_token, item_token = (jnp.maximum(jnp.cumsum(all_legal.any(axis), -1) - 1, 0) for axis in (-1, -2))
+        pair_token = space_token[..., :, None] * size[1] + item_token[..., None, :]
+        logits, all_legal, pair_token = (x.reshape(*x.shape[:-2], -1) for x in (logits, all_legal, pair_token))
+        logits = jnp.where(all_legal, jnp.take_along_axis(logits, pair_token, -1, mode="promise_in_bounds"), MASKED)
 
         # Value: what the items that still fit somewhere can add, times a fraction.
         pooled = jnp.concatenate(
@@ -632,14 +643,16 @@ def _take(x: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
 def _space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
     """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
     fits, share of the space's volume, and whether the slack is the length of an item that still fits somewhere."""
-    slack = space[..., :, None, :] - item[..., None, :, :]  # [..., E, I, 3]
+    space, item = jnp.moveaxis(space, -1, 0), jnp.moveaxis(item, -1, 0)
+    slack = space[..., :, None] - item[..., None, :]  # [3, ..., E, I]
     fits = _equal_length(slack)
-    count = fits.sum(-1, keepdims=True)
+    count = fits.sum(0)
     share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
-    refill = _equal_length(slack[..., None, :] - item[..., None, None, :, :])  # [..., E, I, I, 3]
-    refill = (refill & waiting[..., None, None, :, None]).any(-2)
-    features = [slack, fits, count == 2, count == 3, jnp.minimum(share, 2.0)[..., None], refill]
-    return jnp.concatenate([x.astype(jnp.float32) for x in features], -1)
+    lengths = jnp.where(waiting, item, jnp.inf)
+    refill = [_equal_length(slack - lengths[..., k, None, None]) for k in range(item.shape[-1])]
+    refill = functools.reduce(jnp.logical_or, refill)  # One pass over the pairs, where a reduction would make I.
+    features = [*slack, *fits, count == 2, count == 3, jnp.minimum(share, 2.0), *refill]
+    return jnp.moveaxis(jnp.stack([x.astype(jnp.float32) for x in features], -3), -3, -1)
 
 
 def _item_item_relations(item) -> jax.Array:
@@ -647,6 +660,11 @@ def _item_item_relations(item) -> jax.Array:
     equal = _equal_length(item[..., :, None, :] - item[..., None, :, :])
     count = equal.sum(-1, keepdims=True)
     return jnp.concatenate([equal, count == 2, count == 3], -1).astype(jnp.float32)
+
+
+def _bias(relations: jax.Array, num_heads: int, name: str) -> jax.Array:
+    """Attention bias of each head from relations [..., n, m, F]: [..., H, n, m]. A softmax does not see a constant."""
+    return jnp.moveaxis(hk.Linear(num_heads, with_bias=False, name=name)(relations), -1, -3)
 
 
 def _equal_length(difference: jax.Array) -> jax.Array:
