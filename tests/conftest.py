@@ -27,6 +27,7 @@ SMALL = dict(
     max_num_iters=4,
     rollout_batch_size=8,
     num_simulations=2,
+    leaf_value="network",
     search_width=48,
     max_num_considered_actions=2,
     training_batch_size=32,
@@ -35,12 +36,13 @@ SMALL = dict(
     transformer_key_size=8,
     transformer_mlp_units=(16,),
     pair_units=8,
+    token_sizes=((8, 12), (40, 20)),
     eval_interval=2,
     eval_batch_size=8,
     eval_num_simulations=0,
     save_interval=1,
 )
-SMALL_SEARCH = ("num_simulations", "search_width", "max_num_considered_actions", "eval_num_simulations")
+SMALL_SEARCH = ("num_simulations", "leaf_value", "search_width", "max_num_considered_actions", "eval_num_simulations")
 SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
 
 

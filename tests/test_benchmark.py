@@ -18,22 +18,20 @@ def test_visits_are_those_that_the_search_makes(config, model):
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, model, keys)
     assert sum(passes.values()) == 1 + 19 * config.num_simulations and steps == 19 * (1 + config.num_simulations)
-    assert passes[8, 10] > 5 and passes[16, 20] > 5  # Late and early states.
+    assert passes[8, 12] > 5 and passes[40, 20] > 5  # Late and early states.
 
 
-def test_an_arm_has_the_decisions_of_a_run(search_run, monkeypatch):
+def test_an_arm_has_the_decisions_of_a_run(search_run):
     """With every pass of the network at full size, as many as the first iteration of the run."""
     config, _ = script.parse_command_line(override(), throughput.Config, script.PRESETS)
     arms = throughput.make_arms(config)
     assert [arm.config.search_width for arm in arms] == [48, 48, 800, 48, 800, 48]
     row = json.loads((search_run / "metrics.jsonl").read_text().splitlines()[1])
-    used, at_smallest_size = [], script.at_smallest_size
-    monkeypatch.setattr(
-        script, "at_smallest_size", lambda f, sizes, *a: (used.append(sizes), at_smallest_size(f, sizes, *a))[1]
+    assert (
+        arms[5].config.token_sizes == config.token_sizes[-1:] == (script.LARGEST_SIZE,) and len(config.token_sizes) > 1
     )
     (found,) = throughput.measure_arms(arms[5:], throughput.make_state(config), 1)
     assert found["decisions_per_second"] * found["seconds"][0] == pytest.approx(row["frames"])
-    assert set(used) == {script.SIZES[-1:]} and len(script.SIZES) > 1
 
 
 def test_a_mistake_gives_one_line_and_status_2(tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_rendered_episode_is_the_scored_one(search_run, env, tmp_path):
     scores = run(tmp_path, search_run)
     checkpoint = evaluate.load_checkpoint(search_run)
     key = search_distill.evaluation_keys(1_000_000, 8)[3]
-    policy = search_distill.make_greedy_policy(checkpoint.network)
+    policy = search_distill.make_greedy_policy(checkpoint.network, checkpoint.config)
     states = evaluate.play_states(env, policy, checkpoint.model, key)
     assert evaluate.utilisation(states[-1]) == pytest.approx(scores["rows"][0]["returns"][3], abs=1e-5)
     assert [int(state.items_placed.sum()) for state in states] == list(range(len(states)))

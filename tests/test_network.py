@@ -9,6 +9,8 @@ import pytest
 
 import train_search_distill_binpack as script
 
+SIZES = script.Config().token_sizes
+
 
 @pytest.fixture(scope="module")
 def observations(played):
@@ -22,7 +24,7 @@ def fits(observations, size) -> np.ndarray:
     return (legal.any(-1).sum(-1) <= size[0]) & (legal.any(-2).sum(-1) <= size[1])
 
 
-@pytest.mark.parametrize("size", script.SIZES[:-1])
+@pytest.mark.parametrize("size", SIZES[:-1])
 def test_every_size_that_holds_a_state_gives_the_same(size, network, model, apply, observations):
     rows = fits(observations, size)
     assert rows.sum() > 400
@@ -33,20 +35,20 @@ def test_every_size_that_holds_a_state_gives_the_same(size, network, model, appl
 
 
 def test_a_batch_runs_at_the_smallest_size_that_holds_all_of_it(observations):
-    used = jax.jit(lambda batch: script.at_smallest_size(lambda size: jnp.array(size), script.SIZES, batch))
-    smallest = np.argmax([fits(observations, size) for size in script.SIZES], 0)
-    assert set(smallest) == set(range(len(script.SIZES)))
+    used = jax.jit(lambda batch: script.at_smallest_size(lambda size: jnp.array(size), SIZES, batch))
+    smallest = np.argmax([fits(observations, size) for size in SIZES], 0)
+    assert set(smallest) == set(range(len(SIZES)))
     rng = np.random.default_rng(0)
-    for largest in range(len(script.SIZES)):
+    for largest in range(len(SIZES)):
         rows = np.append(rng.choice(np.flatnonzero(smallest <= largest), 7), np.flatnonzero(smallest == largest)[0])
-        assert tuple(used(jax.tree.map(lambda x: x[rows], observations)).tolist()) == script.SIZES[largest]  # noqa: B023
+        assert tuple(used(jax.tree.map(lambda x: x[rows], observations)).tolist()) == SIZES[largest]  # noqa: B023
 
 
 def test_prediction_under_vmap_equals_a_state_at_a_time(network, model, apply, observations):
-    predict = script.make_predict(network)
+    predict = script.make_predict(network, script.Config())
     together = jax.jit(jax.vmap(functools.partial(predict, model)))
     alone = jax.jit(functools.partial(predict, model))
-    for rows in np.arange(64), np.flatnonzero(fits(observations, script.SIZES[0]))[:64]:
+    for rows in np.arange(64), np.flatnonzero(fits(observations, SIZES[0]))[:64]:
         batch = jax.tree.map(lambda x: x[rows], observations)  # noqa: B023
         found = together(batch)
         for both in zip(found, apply(model, batch), strict=True):

@@ -128,7 +128,7 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
     zeros = jnp.zeros(60, jnp.int32)
     decision = ppo.Decision(jnp.array(actions), jnp.array(old_log_prob - 3.0), jnp.array(old_value), zeros)
     samples = ppo.Samples(observations, decision, jnp.array(advantage), jnp.array(returns), jnp.array(mask))
-    loss, metrics = jax.jit(functools.partial(ppo.make_loss(network, ppo_config), ppo.SIZES[-1]))(
+    loss, metrics = jax.jit(functools.partial(ppo.make_loss(network, ppo_config), ppo.LARGEST_SIZE))(
         model.params, model.state, samples, mask.sum()
     )
 

@@ -26,7 +26,7 @@ def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
 
 def loss_and_gradient(network, config, model, samples):
     function = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
-    function = jax.jit(functools.partial(function, script.SIZES[-1]))
+    function = jax.jit(functools.partial(function, script.LARGEST_SIZE))
     return function(model.params, model.state, samples, samples.mask.sum())
 
 
@@ -90,7 +90,7 @@ def test_gradients_are_finite_on_finished_rows(network, config, model, played):
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 4)
     samples = samples._replace(weights=jnp.zeros_like(samples.weights))
     gradients = jax.grad(script.make_loss(network, config), argnums=1, has_aux=True)
-    for size in script.SIZES[-2:]:
+    for size in script.Config().token_sizes:
         gradient, _ = jax.jit(functools.partial(gradients, size))(model.params, model.state, samples, 1)
         assert np.isfinite(flat_vector(gradient)).all()
 
@@ -132,7 +132,7 @@ def test_training_changes_every_parameter(env, search_run):
 
 
 def test_the_first_instances_of_a_large_evaluation_are_those_of_a_small_one(env, network, config, model):
-    play = script.make_player(env, script.make_greedy_policy(network))
+    play = script.make_player(env, script.make_greedy_policy(network, config))
     replicated = script.replicate(model)
     many, few = (play(replicated, script.evaluation_keys(config.eval_seed, count)) for count in (70, 6))
     assert all(np.array_equal(a[:6], b) for a, b in zip(many, few))
@@ -158,7 +158,9 @@ def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
 
 def test_learning_reduces_the_loss(tmp_path):
     """On a fixed seed the cross-entropy falls, and the return of the search's play rises."""
-    words = override("max_num_iters=60", "eval_interval=60", "save_interval=60", f"save_dir={tmp_path}")
+    words = override(
+        "max_num_iters=60", "eval_interval=60", "save_interval=60", "leaf_value=completion", f"save_dir={tmp_path}"
+    )
     assert script.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl").open()][1:]
     first, last = (
