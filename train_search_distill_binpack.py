@@ -21,6 +21,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
@@ -98,6 +99,9 @@ class RunConfig(BaseModel):
     learning_rate: Positive = Field(1e-3, description="step size of Adam")
     learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
     max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
+    max_skipped_updates: Count = Field(
+        100, description="updates in a row, left out for a loss or gradient that is not finite, that end the run"
+    )
     permute_axes: bool = Field(True, description="learn each sample under a random permutation of the axes, a symmetry")
     # Network.
     num_transformer_layers: Count = Field(4, description="transformer layers")
@@ -242,6 +246,10 @@ class DamagedFile(UsageError):
 
 class CannotWrite(UsageError):
     """A full disk or a read-only folder in the middle of a run."""
+
+
+class Diverged(UsageError):
+    """Loss or gradients that are not finite any more."""
 
 
 def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: dict[str, dict]) -> tuple[Any, str]:
@@ -991,8 +999,9 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """Adam with clipped gradients, before the learning rate."""
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
+    """Adam with clipped gradients, before the learning rate. Gradients that are not finite change nothing."""
+    adam = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
+    return optax.apply_if_finite(adam, max_consecutive_errors=2**31 - 1)
 
 
 def learning_rate(config: RunConfig, iteration: jax.Array) -> jax.Array:
@@ -1065,6 +1074,12 @@ def apply_gradients(
     return optax.apply_updates(params, updates), opt_state
 
 
+def skipped_updates(before: optax.OptState, after: optax.OptState) -> dict[str, jax.Array]:
+    """How many updates were left out in an iteration, and how many in a row up to now."""
+    number = after.total_notfinite - before.total_notfinite
+    return {"train/skipped_updates": number, "skipped_in_a_row": after.notfinite_count}
+
+
 def replicate(tree: Any) -> Any:
     """Adds a leading axis with one copy for each device, as pmap takes it."""
     copy = jax.pmap(lambda tree, _: tree, axis_name=DEVICES, in_axes=(None, 0))
@@ -1129,6 +1144,7 @@ def make_train_iteration(
         metrics |= episode_metrics(trajectory, config.rollout_batch_size)
         metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
         metrics |= {"train/learning_rate": rate, "decisions": decisions}
+        metrics |= skipped_updates(state.opt_state, opt_state)
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
 
     return iterate
@@ -1423,6 +1439,33 @@ def writing(path: Path):
         ) from None
 
 
+_held_locks: list = []
+
+
+def lock_folder(run_dir: Path) -> None:
+    """Keeps other processes from writing to a run's folder until `unlock_folder`, or until this process ends, however
+    it does. Raises `UsageError` if another run is at work there."""
+    unlock_folder()
+    file = open(run_dir / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UsageError(
+            f"{run_dir}: expected a folder that no other run writes to, and process {file.read() or '?'} is at work"
+            " there; wait for its end, or choose another save_dir or seed"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _held_locks.append(file)
+
+
+def unlock_folder() -> None:
+    while _held_locks:
+        _held_locks.pop().close()
+
+
 def newest_sound(checkpoints: list[Path], env_id: str) -> dict:
     """The newest checkpoint that can be read, of some, oldest first; says which it skips. Raises `UsageError`."""
     for path in reversed(checkpoints[1:]):
@@ -1466,6 +1509,7 @@ def prepare_run(config: RunConfig) -> dict | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(f"no permission to write in {run_dir}")
+        lock_folder(run_dir)
         for file in files if config.overwrite else []:
             file.unlink()
     except OSError as error:
@@ -1520,7 +1564,8 @@ class RunLog:
     def record(self, row: dict[str, float]) -> None:
         """One row an iteration: `iteration`, `frames` (decisions so far), `hours`, and the metrics."""
         with writing(self.path):
-            self._file.write(json.dumps(row) + "\n")
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # As JSON has it.
+            self._file.write(json.dumps(finite) + "\n")
         if self._wandb is not None:
             try:
                 self._wandb.log(row)
@@ -1820,14 +1865,22 @@ def train(config: RunConfig, preset: str) -> int:
             metrics = {name: float(x) for name, x in host_copy(metrics).items()}  # Waits for the iteration.
             seconds = time.perf_counter() - began
             iteration += 1
-            decisions = int(metrics.pop("decisions"))
+            decisions, in_a_row = int(metrics.pop("decisions")), int(metrics.pop("skipped_in_a_row"))
             frames += decisions
             metrics |= {"perf/decisions_per_second": decisions / seconds, "perf/iteration_seconds": seconds}
             hours = elapsed() / 3600  # An evaluation counts for what comes after it.
             log.record({"iteration": iteration, "frames": frames, "hours": hours} | metrics | evaluation_metrics())
+            if in_a_row >= config.max_skipped_updates:
+                name = next((key for key, value in metrics.items() if not math.isfinite(value)), "train/grad_norm")
+                saved = find_checkpoints(run_dir)
+                raise Diverged(
+                    f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the"
+                    f" last good checkpoint is {saved[-1] if saved else 'none'}; type a smaller learning_rate, and"
+                    " resume=auto or overwrite=true"
+                )
             is_late = 0 < 60 * config.save_minutes < time.perf_counter() - saved_at
-            if is_late or is_due(config, iteration, config.save_interval):
-                save()
+            if not in_a_row and (is_late or is_due(config, iteration, config.save_interval)):
+                save()  # Parameters whose gradients are sound.
             log.advance(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
@@ -1854,7 +1907,7 @@ def main(argv: list[str]) -> int:
         return train(config, preset)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, CannotWrite) and jax.process_count() > 1:
+        if isinstance(error, (CannotWrite, Diverged)) and jax.process_count() > 1:
             os._exit(2)  # As below.
         return 2
     except jax.errors.JaxRuntimeError as error:
@@ -1869,6 +1922,8 @@ def main(argv: list[str]) -> int:
             raise
         traceback.print_exc()
         os._exit(1)
+    finally:
+        unlock_folder()
 
 
 if __name__ == "__main__":

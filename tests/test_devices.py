@@ -90,7 +90,7 @@ def test_two_processes_make_one_run_and_none_outlives_the_other(ppo_run, ppo_wor
 
     newest = ppo.read_checkpoint(ppo.find_checkpoints(run_dir)[-1])["iteration"]
     assert ppo.main([*ppo_words(f"max_num_iters={newest + 1}", "resume=auto"), f"save_dir={tmp_path}"]) == 0
-    names = {path.name for path in run_dir.iterdir()}
+    names = {path.name for path in run_dir.iterdir()} - {".lock"}
     assert names == {"metrics.jsonl", *(f"iter_{i:06d}.pkl" for i in range(1, newest + 2))}
     rows = [json.loads(line)["iteration"] for line in (run_dir / "metrics.jsonl").open()]
     assert rows == list(range(newest + 2))

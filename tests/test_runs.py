@@ -29,6 +29,11 @@ def run(save_dir, *words) -> Path:
     return Path(save_dir) / "BinPack-v2" / "nsim_2" / "seed_0"
 
 
+def contents_of(run_dir: Path) -> dict[str, bytes]:
+    """The files of a run; the lock says which process came last."""
+    return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != ".lock"}
+
+
 def log_of(run_dir: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
@@ -80,10 +85,10 @@ def test_resume_from_a_path_continues_in_another_folder_only(search_run, tmp_pat
 
 
 def test_resuming_a_complete_run_says_so_and_changes_nothing(search_run, capsys):
-    before = {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()}
+    before = contents_of(search_run)
     assert script.main(override("resume=auto", f"save_dir={search_run.parents[2]}")) == 0
     assert "Complete: 4 iterations are done" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
+    assert contents_of(search_run) == before
 
 
 def test_log_has_the_promised_names(search_run):
@@ -166,11 +171,11 @@ def test_resume_refuses_another_network(search_run, tmp_path, capsys):
 
 def test_starting_over_an_earlier_run_needs_a_word(search_run, capsys):
     save_dir = search_run.parents[2]
-    before = {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()}
+    before = contents_of(search_run)
     assert script.main(override(f"save_dir={save_dir}")) == 2
     err = capsys.readouterr().err
     assert "resume=auto" in err and "overwrite=true" in err and err.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in search_run.iterdir() if path.is_file()} == before
+    assert contents_of(search_run) == before
 
 
 def test_overwrite_starts_again(search_run, tmp_path):
@@ -262,11 +267,44 @@ def test_a_run_without_room_ends_with_a_line_and_keeps_its_checkpoints(search_ru
         assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {run_dir / 'iter_000003.pkl'}: cannot be written (") and "resume=auto" in line
-    assert sorted(path.name for path in run_dir.iterdir() if path.is_file()) == [
-        "iter_000001.pkl", "iter_000002.pkl", "metrics.jsonl",
-    ]  # fmt: skip
+    assert contents_of(run_dir).keys() == {"iter_000001.pkl", "iter_000002.pkl", "metrics.jsonl"}
     for path in script.find_checkpoints(run_dir):
         assert script.read_checkpoint(path)["iteration"] == int(path.stem[5:])
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_dead_one_does_not_count(search_run, tmp_path, capsys):
+    """The lock dies with its process, here by SIGKILL."""
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    shutil.copytree(search_run, run_dir)
+    code = "import sys, time; from pathlib import Path; import train_search_distill_binpack as script"
+    code += "; script.lock_folder(Path(sys.argv[1])); print(); sys.stdout.flush(); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    before = contents_of(run_dir)
+    for words in (["resume=auto", "max_num_iters=5"], ["overwrite=true"]):
+        assert script.main(override(*words, f"save_dir={tmp_path}")) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {run_dir}: expected a folder that no other run writes to")
+        assert f"process {holder.pid} is at work" in line and "another save_dir or seed" in line
+    assert contents_of(run_dir) == before
+    holder.kill()
+    holder.wait()
+    assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 0
+
+
+def test_updates_that_are_not_finite_are_left_out_counted_and_end_the_run(search_run, tmp_path, capsys):
+    """A step so large that every later gradient overflows: none is applied, and no checkpoint comes of it."""
+    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
+    shutil.copytree(search_run, run_dir, ignore=shutil.ignore_patterns("iter_000003.pkl", "iter_000004.pkl"))
+    words = ("resume=auto", "learning_rate=1e35", "max_skipped_updates=20", "max_num_iters=9")
+    assert script.main(override(*words, f"save_dir={tmp_path}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: iteration 4: train/grad_norm is not finite, and 31 updates in a row were left out")
+    assert f"the last good checkpoint is {run_dir / 'iter_000002.pkl'}; type a smaller learning_rate" in line
+    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
+    rows = log_of(run_dir)
+    assert [row.get("train/skipped_updates") for row in rows[1:]] == [0, 0, 15, 16]
+    assert rows[2]["train/grad_norm"] > 0 and rows[4]["train/grad_norm"] is None
 
 
 def test_nothing_is_compiled_after_the_second_iteration(tmp_path, monkeypatch):
