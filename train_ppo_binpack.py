@@ -208,19 +208,19 @@ class Config(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=360,
+        max_num_iters=600,
         rollout_batch_size=64,
         training_batch_size=256,
         learning_rate=8e-3,
-        learning_rate_decay_iters=360,
+        learning_rate_decay_iters=600,
         gae_lambda=0.9,
         entropy_coef=0.003,
         num_transformer_layers=1,
         transformer_num_heads=4,
         transformer_key_size=8,
         transformer_mlp_units=(64,),
-        eval_interval=40,
-        save_interval=40,
+        eval_interval=50,
+        save_interval=50,
     ),
 }
 

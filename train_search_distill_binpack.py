@@ -211,7 +211,7 @@ class Config(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=100,
+        max_num_iters=250,
         rollout_batch_size=64,
         num_simulations=4,
         leaf_value="completion",
@@ -220,13 +220,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         training_batch_size=256,
         num_epochs=4,
         learning_rate=4e-3,
-        learning_rate_decay_iters=100,
+        learning_rate_decay_iters=250,
         num_transformer_layers=1,
         transformer_num_heads=4,
         transformer_key_size=8,
         transformer_mlp_units=(64,),
-        eval_interval=10,
-        save_interval=10,
+        eval_interval=25,
+        save_interval=25,
     ),
 }
 

@@ -168,7 +168,7 @@ def speed(benchmark: dict) -> str:
     lines = [f"| {benchmark['device']} | decisions/s | time of a decision |", "|---|---|---|"]
     for row in benchmark["arms"]:
         lines.append(f"| {row['arm']} | {row['decisions_per_second']:,.0f} | {row['ratio']:.2f} |")
-    phases, environment, compilation = (benchmark[key] for key in ("phases", "environment", "compilation"))
+    phases, environment = benchmark["phases"], benchmark["environment"]
     whole = phases["collect"] + phases["gradient_steps"]
     share = lambda name: f"{100 * phases[name] / whole:.0f} %"
     sentences = [
@@ -178,11 +178,14 @@ def speed(benchmark: dict) -> str:
         f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of one large matrix product;",
         f"{100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the environment takes",
         f"{environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
-        f"{environment['jumanji_microseconds']:.0f} µs. A new process traces an iteration in",
-        f"{compilation['cold_tracing']:.0f} s and compiles it in {compilation['cold_compiling']:.0f} s, or reads",
-        f"it from the cache in {compilation['warm_compiling']:.1f} s.",
+        f"{environment['jumanji_microseconds']:.0f} µs.",
     ]
-    return "\n".join([*lines, "", " ".join(sentences)])
+    table = ["| seconds that a new process takes | tracing | compiling | from the cache |", "|---|---|---|---|"]
+    for key, name in (("compilation", "`preset=cpu`"), ("compilation_of_the_full_run", "the full run")):
+        cost = benchmark[key]
+        times = f"{cost['cold_tracing']:.0f} | {cost['cold_compiling']:.0f} | {cost['warm_compiling']:.1f}"
+        table.append(f"| {name}, an iteration | {times} |")
+    return "\n".join([*lines, "", " ".join(sentences), "", *table])
 
 
 def with_tables(readme: str, results: dict, floors: dict, benchmark: dict) -> str:

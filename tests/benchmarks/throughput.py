@@ -193,53 +193,57 @@ def count_visits(config: Config, model: script.Model, keys: jax.Array) -> tuple[
 
 
 def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
-    """Seconds of an iteration by phase, and the share of the floor: the FLOP per second of the network phase against
-    the best of one large matrix product, on one device."""
+    """Seconds of an iteration by phase, each measured with all devices at work on their shares of it, and the share of
+    the floor: the FLOP per second of the network phase against the best of large matrix products, one on each."""
     env, network = script.make_env(), script.make_network(config)
-    size = config.rollout_batch_size // jax.device_count()
+    devices = jax.device_count()
+    size = config.rollout_batch_size // devices
+
+    def seconds_everywhere(function: Callable, *arguments: Any, rounds: int = config.rounds) -> float:
+        return seconds_of(jax.pmap(function), *script.replicate(arguments), rounds=rounds)
+
     model = jax.device_put(script.Model(script.host_copy(state.params), script.host_copy(state.net_state)))
     opt_state = jax.device_put(script.host_copy(state.opt_state))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.PRNGKey(1)))(jnp.arange(size))
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
-    rollout = jax.jit(script.make_rollout(env, policy))
-    collect = seconds_of(rollout, model, keys, rounds=config.rounds)
-    trajectory = rollout(model, keys)
+    rollout = script.make_rollout(env, policy)
+    collect = seconds_everywhere(rollout, model, keys)
+    trajectory = jax.jit(rollout)(model, keys)
 
     # Observations from half way through an episode; a step takes the same time from any state.
     half = script.MAX_DECISIONS // 2
     observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
     states, _ = jax.vmap(env.reset)(keys)
-    step = jax.jit(jax.vmap(functools.partial(script.step_flat, env)))
-    step_seconds = seconds_of(step, states, jnp.zeros(size, jnp.int32), rounds=20 * config.rounds)
+    step = jax.vmap(functools.partial(script.step_flat, env))
+    step_seconds = seconds_everywhere(step, states, jnp.zeros(size, jnp.int32), rounds=20 * config.rounds)
     passes, env_steps = count_visits(config, model, keys)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
 
         def act(model, observation, network_size=network_size):
-            return network.apply(model.params, model.state, None, observation, network_size)[0][0].argmax(-1)
+            return script.argmax(network.apply(model.params, model.state, None, observation, network_size)[0][0])
 
-        network_seconds += number * seconds_of(jax.jit(act), model, observation, rounds=20 * config.rounds)
-        flop += number * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
+        network_seconds += number * seconds_everywhere(act, model, observation, rounds=20 * config.rounds)
+        flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
     samples = script.make_samples(trajectory, config.discount)
-    local = config.training_batch_size // jax.device_count()
-    batch = jax.tree.map(lambda x: jnp.resize(x, (local, *x.shape[1:])), samples)
+    local = config.training_batch_size // devices
+    rows = np.resize(np.random.default_rng(0).permutation(np.flatnonzero(samples.mask)), local)
+    batch = jax.tree.map(lambda x: x[rows], samples)
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
-    @jax.jit
     def gradient_step(model, opt_state, batch):
-        arguments = batch, model.params, model.state, batch.mask.sum()
-        (_, _), grads = script.sum_over_rows(gradients, config, *arguments)
+        (_, _), grads = script.sum_over_rows(gradients, config, batch, model.params, model.state, batch.mask.sum())
         return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
 
-    gradient = seconds_of(gradient_step, model, opt_state, batch, rounds=config.rounds)
+    gradient = seconds_everywhere(gradient_step, model, opt_state, batch, rounds=5 * config.rounds)
     steps = config.num_epochs * script.steps_per_epoch(config)
 
     side = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((side, side), jnp.float32)
-    best = 2 * side**3 / seconds_of(jax.jit(jnp.matmul), matrix, matrix, rounds=config.rounds)
+    best = devices * 2 * side**3 / seconds_everywhere(jnp.matmul, matrix, matrix)
     mask = np.asarray(trajectory.mask)
-    env_seconds, states_passed = env_steps * step_seconds, size * sum(passes.values())
+    env_seconds, states_passed = env_steps * step_seconds, devices * size * sum(passes.values())
     return dict(
         collect=collect,
         network=network_seconds,
@@ -250,7 +254,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         passes_by_size={f"{spaces} x {items}": number for (spaces, items), number in passes.items()},
         batched_steps=env_steps,
         microseconds_a_pass=1e6 * network_seconds / states_passed,
-        microseconds_a_step=1e6 * step_seconds / size,
+        microseconds_a_step=1e6 * step_seconds / (devices * size),
         megaflop_a_pass=flop / states_passed / 1e6,
         network_gigaflops=flop / network_seconds / 1e9,
         best_gigaflops=best / 1e9,
@@ -291,6 +295,7 @@ sys.path.insert(0, {root!r})
 import jax, train_search_distill_binpack as script
 script.use_compilation_cache(sys.argv[1])
 config, _ = script.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
+script.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
 env, network = script.make_env(), script.make_network(config)
 start = time.perf_counter()
 state = script.replicate(script.init_train_state(env, network, config))
@@ -302,10 +307,14 @@ print(traced - start, time.perf_counter() - traced)
 """
 
 
-def measure_compilation(config: Config) -> dict[str, float]:
-    """Seconds that a new process takes to trace and compile an iteration, with an empty cache and with one filled."""
+def words_of(config: Config) -> list[str]:
+    """The overrides that make a training run's configuration."""
     keys = script.Config.model_fields
-    words = [f"{key}={script._as_typed(value)}" for key, value in config if key in keys and value != keys[key].default]
+    return [f"{key}={script._as_typed(value)}" for key, value in config if key in keys and value != keys[key].default]
+
+
+def measure_compilation(words: list[str]) -> dict[str, float]:
+    """Seconds that a new process takes to trace and compile an iteration, with an empty cache and with one filled."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
@@ -384,7 +393,8 @@ def main(argv: list[str]) -> int:
             print(f"{row['arm']:24} {row['decisions_per_second']:10,.1f} decisions/s  {row['ratio']:6.2f} x the time")
         for name, found in (
             ("environment", measure_environment(config.rounds)),
-            ("compilation", measure_compilation(config)),
+            ("compilation", measure_compilation(words_of(config))),
+            ("compilation_of_the_full_run", measure_compilation([])),
         ):
             result[name] = found
             print(f"{name}:", ", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
