@@ -587,25 +587,30 @@ class PackingNetwork(hk.Module):
 
         num_heads = config.transformer_num_heads
         heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
-        for layer in range(config.num_transformer_layers):
-            own = heads(_norm(spaces, f"ems_norm_{layer}"), name=f"ems_self_{layer}")
-            spaces += _attend(*own, usable[..., None, :], None, f"ems_self_out_{layer}")
-            own = heads(_norm(items, f"items_norm_{layer}"), name=f"items_self_{layer}")
-            bias = _bias(same, num_heads, f"same_bias_{layer}")
-            items += _attend(*own, waiting[..., None, :], bias, f"items_self_out_{layer}")
+
+        def layer(spaces, items):
+            own = heads(_norm(spaces, "ems_norm"), name="ems_self")
+            spaces += _attend(*own, usable[..., None, :], None, "ems_self_out")
+            own = heads(_norm(items, "items_norm"), name="items_self")
+            bias = _bias(same, num_heads, "same_bias")
+            items += _attend(*own, waiting[..., None, :], bias, "items_self_out")
 
             # Across kinds, each asks with its queries for the keys and values of the other.
-            x, y = _norm(spaces, f"ems_cross_norm_{layer}"), _norm(items, f"items_cross_norm_{layer}")
-            ems_query, *of_ems = heads(x, name=f"ems_cross_{layer}")
-            items_query, *of_items = heads(y, name=f"items_cross_{layer}")
-            bias = _bias(pairs, 2 * num_heads, f"pair_bias_{layer}")
-            spaces += _attend(ems_query, *of_items, legal, bias[..., :num_heads, :, :], f"ems_cross_out_{layer}")
+            x, y = _norm(spaces, "ems_cross_norm"), _norm(items, "items_cross_norm")
+            ems_query, *of_ems = heads(x, name="ems_cross")
+            items_query, *of_items = heads(y, name="items_cross")
+            bias = _bias(pairs, 2 * num_heads, "pair_bias")
+            spaces += _attend(ems_query, *of_items, legal, bias[..., :num_heads, :, :], "ems_cross_out")
             bias, mask = (jnp.swapaxes(x, -1, -2) for x in (bias[..., num_heads:, :, :], legal))
-            items += _attend(items_query, *of_ems, mask, bias, f"items_cross_out_{layer}")
+            items += _attend(items_query, *of_ems, mask, bias, "items_cross_out")
 
             mlp = functools.partial(hk.nets.MLP, [*config.transformer_mlp_units, width])
-            spaces += mlp(name=f"ems_mlp_{layer}")(_norm(spaces, f"ems_mlp_norm_{layer}"))
-            items += mlp(name=f"items_mlp_{layer}")(_norm(items, f"items_mlp_norm_{layer}"))
+            spaces += mlp(name="ems_mlp")(_norm(spaces, "ems_mlp_norm"))
+            items += mlp(name="items_mlp")(_norm(items, "items_mlp_norm"))
+            return spaces, items
+
+        # One program for all layers, with parameters [layers, ...]: it compiles as fast as one layer.
+        spaces, items = hk.layer_stack(config.num_transformer_layers, name="layers")(layer)(spaces, items)
         spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
 
         # Policy: bilinear in the tokens, plus a small layer that sees each pair and its relations.
