@@ -36,7 +36,7 @@ SMALL = dict(
     transformer_key_size=8,
     transformer_mlp_units=(16,),
     pair_units=8,
-    token_sizes=((8, 12), (40, 20)),
+    token_sizes=((40, 20),),
     eval_interval=2,
     eval_batch_size=8,
     eval_num_simulations=0,
@@ -129,7 +129,7 @@ def network(config):
 def model(env, network, config):
     """Random parameters, with a policy that is neither uniform nor certain."""
     state = script.init_train_state(env, network, config)
-    return script.Model(jax.tree.map(lambda x: 3.0 * x, state.params), state.net_state)
+    return script.Model(jax.tree.map(lambda x: 1.5 * x, state.params), state.net_state)
 
 
 @pytest.fixture(scope="session")

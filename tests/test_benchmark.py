@@ -15,6 +15,7 @@ import train_search_distill_binpack as script
 
 def test_visits_are_those_that_the_search_makes(config, model):
     """Without completions: a pass for the first root and one for each simulation, and no step that is not needed."""
+    config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, model, keys)
     assert sum(passes.values()) == 1 + 19 * config.num_simulations and steps == 19 * (1 + config.num_simulations)
@@ -23,7 +24,7 @@ def test_visits_are_those_that_the_search_makes(config, model):
 
 def test_an_arm_has_the_decisions_of_a_run(search_run):
     """With every pass of the network at full size, as many as the first iteration of the run."""
-    config, _ = script.parse_command_line(override(), throughput.Config, script.PRESETS)
+    config, _ = script.parse_command_line(override("token_sizes=[[8,12],[40,20]]"), throughput.Config, script.PRESETS)
     arms = throughput.make_arms(config)
     assert [arm.config.search_width for arm in arms] == [48, 48, 800, 48, 800, 48]
     row = json.loads((search_run / "metrics.jsonl").read_text().splitlines()[1])

@@ -17,6 +17,9 @@ import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 
+SIZES = "token_sizes=[[8,12],[40,20]]"  # Each device takes the smallest that holds its own rows.
+
+
 def assert_same_run(run_dir: Path, one_device: Path, first: int = 1) -> None:
     """The same episodes and gradients in the first iteration that was made here, the same parameters after three.
 
@@ -44,8 +47,13 @@ def assert_same_run(run_dir: Path, one_device: Path, first: int = 1) -> None:
 
 
 def test_search_distillation_on_four_devices(search_run, tmp_path):
-    """The same as on one. PPO on four stands below, in two processes."""
-    command = [sys.executable, "train_search_distill_binpack.py", *override("max_num_iters=3"), f"save_dir={tmp_path}"]
+    """The same as on one, at other sizes of the network. PPO on four stands below, in two processes."""
+    command = [
+        sys.executable,
+        "train_search_distill_binpack.py",
+        *override("max_num_iters=3", SIZES),
+        f"save_dir={tmp_path}",
+    ]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0 and "4 x cpu" in run.stdout, run.stdout + run.stderr
