@@ -596,7 +596,7 @@ def main(argv: list[str]) -> int:
     try:
         paths, overrides = split_words(argv)
         config, _ = search_distill.parse_command_line(overrides, Config, {})
-        search_distill.use_cpu_cores(64)
+        search_distill.use_cpu_cores(config.num_episodes)
         search_distill.use_compilation_cache(search_distill.Config().compilation_cache_dir)
         evaluate(argv, paths, config)
         return 0

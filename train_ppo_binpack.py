@@ -34,6 +34,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -103,7 +104,7 @@ class RunConfig(BaseModel):
     learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
     max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: Count = Field(
-        100, description="updates in a row, left out for a loss or gradient that is not finite, that end the run"
+        100, description="the run ends after so many updates in a row that were left out, as not finite"
     )
     permute_axes: bool = Field(True, description="learn each sample under a random permutation of the axes, a symmetry")
     # Network.
@@ -142,7 +143,7 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info) -> Any:
-        entries = value if isinstance(value, (list, tuple)) else [value]
+        entries = jax.tree.leaves(value)
         if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(x, bool) for x in entries):
             raise ValueError("expected a value that is not true or false")
         return value
@@ -152,7 +153,10 @@ class RunConfig(BaseModel):
     def _sizes_hold_one_another(cls, sizes: tuple) -> tuple:
         pairs = itertools.pairwise(sizes)
         if sizes[-1:] != (LARGEST_SIZE,) or not all(a <= c and b <= d and (a, b) != (c, d) for (a, b), (c, d) in pairs):
-            raise ValueError(f"expected sizes that grow, the last one [{','.join(map(str, LARGEST_SIZE))}]")
+            raise ValueError(
+                "expected sizes that are each at least the one before in both numbers, none twice, the last one"
+                f" {_as_typed(LARGEST_SIZE)}"
+            )
         return sizes
 
     @model_validator(mode="after")
@@ -240,10 +244,6 @@ class DamagedFile(UsageError):
 
 class CannotWrite(UsageError):
     """A full disk or a read-only folder in the middle of a run."""
-
-
-class Diverged(UsageError):
-    """Loss or gradients that are not finite any more."""
 
 
 def parse_command_line(argv: list[str], config_class: type[BaseModel], presets: dict[str, dict]) -> tuple[Any, str]:
@@ -372,11 +372,21 @@ def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, Tim
 
 
 def decreasing_order(x: jax.Array) -> jax.Array:
-    """Indices that sort x [n] in decreasing order, equal entries in theirs: jnp.argsort(-x), many times faster for a
-    batch of short rows on a CPU, and no slower elsewhere."""
+    """Indices that sort x [n] in decreasing order, where equal entries keep theirs: jnp.argsort(-x), and many times
+    faster for a batch of short rows on a CPU."""
     slots = jnp.arange(len(x))
     ahead = (x[:, None] > x) | ((x[:, None] == x) & (slots[:, None] < slots))  # [n, n]: the first before the second.
     return jnp.zeros_like(slots).at[ahead.sum(0)].set(slots, unique_indices=True)
+
+
+WORD_BITS = 20  # Of a bit mask: two words hold 40 EMSs without padding.
+
+
+def _pack_bits(x: jax.Array) -> jax.Array:
+    """Bool [..., n, m] -> uint32 [..., ceil(n / WORD_BITS), m]."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % WORD_BITS), (0, 0)])
+    x = x.reshape(*x.shape[:-2], -1, WORD_BITS, x.shape[-1]).astype(jnp.uint32)
+    return (x << jnp.arange(WORD_BITS, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
 
 
 def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
@@ -422,7 +432,7 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     count = jax.lax.population_count
     words = _pack_bits(accepted.reshape(-1, 1))  # [W', 1]
     before = jnp.tril(jnp.broadcast_to(count(words[:, 0]), (len(words), len(words))), -1).sum(-1)  # [W'], exclusive
-    up_to = _pack_bits(np.tri(BITS, dtype=bool).T)[0]  # [BITS]
+    up_to = _pack_bits(np.tri(WORD_BITS, dtype=bool).T)[0]  # [WORD_BITS]
     rank = (
         (before[:, None] + count(words & up_to)).astype(jnp.int32).reshape(-1)[: 6 * num_ems]
     )  # [6E], 1 for the first.
@@ -431,7 +441,7 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     word = (before[:, None] < free_rank).sum(0) - 1  # [E]: that of the candidate with this rank,
     in_word = free_rank - before[word]
     bit = (count(words[word, 0] & up_to[:, None]) < in_word).sum(0)  # and its place there.
-    source = word * BITS + bit
+    source = word * WORD_BITS + bit
     filled = ~kept & (free_rank <= rank[-1])
 
     # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
@@ -459,16 +469,6 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
         bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
         bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
     return state.ems.replace(**bounds), kept | filled
-
-
-BITS = 20  # A word of a bit mask: two hold 40 EMSs without padding.
-
-
-def _pack_bits(x: jax.Array) -> jax.Array:
-    """Bool [..., n, m] -> uint32 [..., ceil(n / BITS), m]."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % BITS), (0, 0)])
-    x = x.reshape(*x.shape[:-2], -1, BITS, x.shape[-1]).astype(jnp.uint32)
-    return (x << jnp.arange(BITS, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
 
 
 def _and_of_others(x: jax.Array) -> jax.Array:
@@ -697,7 +697,7 @@ def make_network(config: RunConfig) -> hk.TransformedWithState:
     return hk.transform_with_state(lambda observation, *size: PackingNetwork(config)(observation, *size))
 
 
-def smallest_size(sizes: tuple, observation: Observation) -> jax.Array:
+def index_of_smallest_size(sizes: tuple, observation: Observation) -> jax.Array:
     """Index of the first of the sizes that holds an observation, int32 [...]."""
     legal = observation.action_mask
     spaces, items = legal.any(-1).sum(-1), legal.any(-2).sum(-1)
@@ -710,7 +710,7 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     A loss is differentiated inside of it: the gradient of a switch would move the residuals of all sizes.
     """
     branches = [functools.partial(function, size) for size in sizes]
-    return jax.lax.switch(smallest_size(sizes, observation).max(), branches, *arguments)
+    return jax.lax.switch(index_of_smallest_size(sizes, observation).max(), branches, *arguments)
 
 
 def make_predict(
@@ -975,7 +975,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """Adam with clipped gradients, before the learning rate. Gradients that are not finite change nothing."""
+    """Adam with clipped gradients, before the learning rate. Gradients that are not finite are counted, no more."""
     adam = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
     return optax.apply_if_finite(adam, max_consecutive_errors=2**31 - 1)
 
@@ -1027,13 +1027,20 @@ def minibatch_rows(key: jax.Array, mask: jax.Array, config: RunConfig) -> jax.Ar
     return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
 
 
-def sum_over_rows(gradients: Callable, config: RunConfig, batch: Any, params: Any, net_state: Any, count: Any) -> Any:
-    """gradients(size, params, net_state, batch, count), a sum over rows, for a minibatch of all kinds of rows.
+PARTS = 4  # Of a minibatch, as far as its rows divide.
 
-    Rows that need the same size are brought together, and the sum is taken over four parts, each at its own size.
+
+def gradients_in_parts(
+    gradients: Callable, config: RunConfig, batch: Any, params: Any, net_state: Any, count: Any
+) -> Any:
+    """gradients(size, params, net_state, batch, count) -> ((loss, metrics), grads), all of them sums over rows.
+
+    A minibatch has rows of all kinds. Those that need the same size are brought together, and the sum is taken over
+    parts, each at its own size.
     """
-    order = jnp.argsort(smallest_size(config.token_sizes, batch.observation))
-    parts = jax.tree.map(lambda x: x[order].reshape(math.gcd(len(order), 4), -1, *x.shape[1:]), batch)
+    order = jnp.argsort(index_of_smallest_size(config.token_sizes, batch.observation))
+    num_parts = math.gcd(len(order), PARTS) if len(config.token_sizes) > 1 else 1
+    parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), batch)
 
     def of_part(part):
         return at_smallest_size(gradients, config.token_sizes, part.observation, params, net_state, part, count)
@@ -1042,15 +1049,17 @@ def sum_over_rows(gradients: Callable, config: RunConfig, batch: Any, params: An
 
 
 def apply_gradients(
-    config: RunConfig, params: Any, opt_state: optax.OptState, grads: Any, rate: jax.Array
+    config: RunConfig, params: Any, opt_state: optax.OptState, loss: jax.Array, grads: Any, rate: jax.Array
 ) -> tuple[Any, optax.OptState]:
-    """One step of the optimizer -> (params, opt_state)."""
+    """One step of the optimizer -> (params, opt_state); none where the loss or the gradient's norm is not finite."""
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    grads = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), grads)
     updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
     updates = jax.tree.map(lambda x: -rate * x, updates)
     return optax.apply_updates(params, updates), opt_state
 
 
-def skipped_updates(before: optax.OptState, after: optax.OptState) -> dict[str, jax.Array]:
+def skip_metrics(before: optax.OptState, after: optax.OptState) -> dict[str, jax.Array]:
     """How many updates were left out in an iteration, and how many in a row up to now."""
     number = after.total_notfinite - before.total_notfinite
     return {"train/skipped_updates": number, "skipped_in_a_row": after.notfinite_count}
@@ -1092,9 +1101,9 @@ def make_train_iteration(
         seen = jax.vmap(permute_axes)(batch.observation, batch.decision.permutation)
         batch = batch._replace(observation=seen)
         count = psum(batch.mask.sum())
-        (_, metrics), grads = psum(sum_over_rows(gradients, config, batch, params, net_state, count))
+        (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params, net_state, count))
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return apply_gradients(config, params, opt_state, grads, rate), metrics
+        return apply_gradients(config, params, opt_state, loss, grads, rate), metrics
 
     def iterate(state: TrainState):
         collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
@@ -1117,7 +1126,7 @@ def make_train_iteration(
         metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
         metrics["train/explained_variance"] = 1.0 - residual_variance / jnp.maximum(returns_variance, 1e-8)
         metrics |= {"train/learning_rate": rate, "decisions": mask.sum()}
-        metrics |= skipped_updates(state.opt_state, opt_state)
+        metrics |= skip_metrics(state.opt_state, opt_state)
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics
 
     return iterate
@@ -1168,8 +1177,8 @@ def make_player(env: BinPack, policy: Policy) -> Callable[[Model, np.ndarray], E
 
     def play(model: Model, keys: np.ndarray) -> Episodes:
         chunks = np.resize(keys, (-(-len(keys) // size), size, 2))  # Repeats fill the last chunk.
-        played = [play_chunk(model, chunk, each_device) for chunk in chunks]
-        return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*map(host_copy, played))))
+        played = [host_copy(play_chunk(model, chunk, each_device)) for chunk in chunks]
+        return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*played)))
 
     return play
 
@@ -1399,11 +1408,13 @@ def lock_folder(run_dir: Path) -> None:
     except BlockingIOError:
         file.seek(0)
         raise UsageError(
-            f"{run_dir}: expected a folder that no other run writes to, and process {file.read() or '?'} is at work"
+            f"{run_dir}: expected a folder that no other run writes to, and {file.read() or 'another one'} is at work"
             " there; wait for its end, or choose another save_dir or seed"
         ) from None
+    except OSError as error:
+        print(f"{run_dir} cannot be locked here ({error.strerror}): start no second run in it")
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(f"process {os.getpid()} of {platform.node()}")
     file.flush()
     _held_locks.append(file)
 
@@ -1430,6 +1441,8 @@ def prepare_run(config: RunConfig) -> dict | None:
     run_dir = config.run_dir()
     unusable = f"save_dir={config.save_dir}: cannot be used (%s); choose another save_dir"
     try:
+        if (run_dir / ".lock").exists() and os.access(run_dir, os.W_OK):
+            lock_folder(run_dir)  # Before its files are looked at.
         earlier = find_checkpoints(run_dir)
         files = [*earlier, *run_dir.glob("metrics.jsonl")]
     except OSError as error:
@@ -1667,34 +1680,41 @@ def on_first_process(function: Callable[[], Any]) -> Any:
 
 
 def estimate_seconds(env: BinPack, network: hk.TransformedWithState, config: RunConfig, state: TrainState) -> float:
-    """Seconds of one iteration, from a measured network pass and environment step on this machine."""
-    batch = min(64, config.rollout_batch_size)
-    env_state, timestep = jax.vmap(env.reset)(jax.random.split(state.key, batch))
-
+    """Seconds of one iteration, from network passes and environment steps that all devices make at a time."""
+    num_devices = jax.local_device_count()
+    batch = min(64, config.rollout_batch_size // num_devices)
+    starts = jax.vmap(env.reset)(jax.random.split(state.key, batch))
     predict, model = make_predict(network, config), Model(state.params, state.net_state)
 
-    @jax.jit
+    @jax.pmap
     @jax.vmap
-    def visit(env_state, observation):
-        logits, value = predict(model, observation)
+    def visit(start):
+        env_state, timestep = start
+        logits, value = predict(model, timestep.observation)
         return step_flat(env, env_state, argmax(logits)), value
 
-    jax.block_until_ready(visit(env_state, timestep.observation))
+    starts = replicate(starts)
+    jax.block_until_ready(visit(starts))
     start = time.perf_counter()
-    jax.block_until_ready(visit(env_state, timestep.observation))
-    seconds = (time.perf_counter() - start) / batch
+    jax.block_until_ready(visit(starts))
+    seconds = (time.perf_counter() - start) / (batch * num_devices)
     return seconds * visits_per_decision(config) * config.rollout_batch_size * MAX_DECISIONS
 
 
 def use_cpu_cores(*batch_sizes: int) -> None:
     """Makes every core a device of its own, if there is no accelerator: operations as small as ours run faster side by
-    side than each of them split over the cores. As many as divide the batches and leave a device 16 rows; the user's
-    JAX_NUM_CPU_DEVICES wins. To be called before JAX starts its devices, and without effect after.
+    side than each of them split over the cores. As many as divide the batches and leave a device 16 rows; a number that
+    the user has set for JAX wins. To be called before JAX starts its devices, and without effect after.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices >= 0 or "device_count" in flags:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = [n for n in range(1, cores + 1) if not any(size % n or size < 16 * n for size in batch_sizes)]
+    # XLA ends a process whose devices wait for one another for more than a minute; ours may, over a long iteration.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    if patience not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {patience}=86400".strip()
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 
@@ -1802,7 +1822,17 @@ def train(config: RunConfig, preset: str) -> int:
             write_checkpoint(path, contents)
             remove_older(path, config.keep_checkpoints)
 
+    def give_up(metrics: dict[str, float]) -> None:
+        name = next(key for key, value in metrics.items() if not math.isfinite(value))
+        saved = find_checkpoints(run_dir)
+        raise UsageError(
+            f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the last"
+            f" checkpoint before that is {saved[-1] if saved else 'none'}; type a smaller learning_rate, and"
+            " resume=auto or overwrite=true"
+        )
+
     stopped = in_any_process(stop.made)
+    in_a_row, save_due = 0, False  # None is saved while updates are left out.
     try:
         if iteration == 0 and not stopped:
             log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluation_metrics())
@@ -1818,29 +1848,27 @@ def train(config: RunConfig, preset: str) -> int:
             hours = elapsed() / 3600  # An evaluation counts for what comes after it.
             log.record({"iteration": iteration, "frames": frames, "hours": hours} | metrics | evaluation_metrics())
             if in_a_row >= config.max_skipped_updates:
-                name = next((key for key, value in metrics.items() if not math.isfinite(value)), "train/grad_norm")
-                saved = find_checkpoints(run_dir)
-                raise Diverged(
-                    f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the"
-                    f" last good checkpoint is {saved[-1] if saved else 'none'}; type a smaller learning_rate, and"
-                    " resume=auto or overwrite=true"
-                )
+                on_first_process(functools.partial(give_up, metrics))
             is_late = 0 < 60 * config.save_minutes < time.perf_counter() - saved_at
-            if not in_a_row and (is_late or is_due(config, iteration, config.save_interval)):
-                save()  # Parameters whose gradients are sound.
+            save_due |= is_late or is_due(config, iteration, config.save_interval)
+            if save_due and not in_a_row:
+                save()
+                save_due = False
             log.advance(
                 f"return {metrics['rollout/avg_return']:.3f}, loss {metrics['train/policy_loss']:.3f},"
                 f" {metrics['perf/decisions_per_second']:,.0f} decisions/s"
             )
             stopped = in_any_process(stop.made)
-        if iteration != saved_iteration:
+        if iteration != saved_iteration and not in_a_row:
             save()
     finally:
         log.close()
+    if in_a_row:
+        print(f"Not saved after iteration {saved_iteration}: the last {in_a_row} updates were left out as not finite.")
     if stopped and iteration < config.max_num_iters:
         print(f"Stopped at iteration {iteration}; the same command with resume=auto (no overwrite) continues.")
     else:
-        print(f"Done: {run_dir}/iter_{iteration:06d}.pkl")
+        print(f"Done: {run_dir}/iter_{saved_iteration:06d}.pkl")
     return 0
 
 
@@ -1854,7 +1882,7 @@ def main(argv: list[str]) -> int:
         return train(config, preset)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, (CannotWrite, Diverged)) and jax.process_count() > 1:
+        if isinstance(error, CannotWrite) and jax.process_count() > 1:
             os._exit(2)  # As below.
         return 2
     except jax.errors.JaxRuntimeError as error:

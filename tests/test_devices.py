@@ -16,7 +16,6 @@ from conftest import ROOT, flat_vector, override
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
-
 SIZES = "token_sizes=[[8,12],[40,20]]"  # Each device takes the smallest that holds its own rows.
 
 

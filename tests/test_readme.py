@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import collect_results
+import jax
 import nbclient
 import nbformat
 import pytest
@@ -47,7 +49,8 @@ def small(name: str, words: list[str]) -> list[str]:
     config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
     keys = set(config.model_fields) - given
     full = not words and name == "train_search_distill_binpack.py"  # Keeps the full network and search.
-    kept = ("max_num_iters", "leaf_value", "token_sizes")  # The programs of the other tests are of simpler kinds.
+    # Its completions, sizes and batches, on as many cores as it takes, run here once.
+    kept = ("max_num_iters", "leaf_value", "token_sizes", "rollout_batch_size", "training_batch_size")
     overrides = FULL if full else [word for word in SMALL_WORDS if not word.startswith(kept)] + ["max_num_iters=1"]
     return [word for word in overrides if word.partition("=")[0] in keys]
 
@@ -75,11 +78,17 @@ def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     command = [sys.executable, name, *words, *small(name, words)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
-    assert list(tmp_path.glob("*/BinPack-v2/*/seed_*/iter_000001.pkl"))
+    (path,) = tmp_path.glob("*/BinPack-v2/*/seed_*/iter_000001.pkl")
+    layers = [x for x in jax.tree.leaves(script.read_checkpoint(path)["model"][0]) if x.ndim == 3]
+    assert len(layers) > 5 and {len(x) for x in layers} == {4 if full else 1}
+    assert not full or all((x[0] != x[1]).any() for x in layers)
+    cores = 1 if full else max(n for n in (1, 2, 4) if n <= len(os.sched_getaffinity(0)))  # 16 episodes, or 64.
+    assert f" {cores} x cpu" in run.stdout
     if full:
         assert "preset=cpu is a complete run" in run.stdout
 

@@ -272,20 +272,21 @@ def test_a_run_without_room_ends_with_a_line_and_keeps_its_checkpoints(search_ru
         assert script.read_checkpoint(path)["iteration"] == int(path.stem[5:])
 
 
-def test_a_folder_has_one_run_at_a_time_and_a_dead_one_does_not_count(search_run, tmp_path, capsys):
+def test_a_folder_has_one_run_at_a_time_and_a_dead_one_does_not_count(search_run, tmp_path, capsys, request):
     """The lock dies with its process, here by SIGKILL."""
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
     shutil.copytree(search_run, run_dir)
     code = "import sys, time; from pathlib import Path; import train_search_distill_binpack as script"
     code += "; script.lock_folder(Path(sys.argv[1])); print(); sys.stdout.flush(); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE)
+    request.addfinalizer(holder.kill)
     holder.stdout.readline()
     before = contents_of(run_dir)
-    for words in (["resume=auto", "max_num_iters=5"], ["overwrite=true"]):
+    for words in (["resume=auto", "max_num_iters=5"], ["overwrite=true"], []):
         assert script.main(override(*words, f"save_dir={tmp_path}")) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {run_dir}: expected a folder that no other run writes to")
-        assert f"process {holder.pid} is at work" in line and "another save_dir or seed" in line
+        assert f"process {holder.pid} of " in line and "another save_dir or seed" in line
     assert contents_of(run_dir) == before
     holder.kill()
     holder.wait()
@@ -300,11 +301,16 @@ def test_updates_that_are_not_finite_are_left_out_counted_and_end_the_run(search
     assert script.main(override(*words, f"save_dir={tmp_path}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: iteration 4: train/grad_norm is not finite, and 31 updates in a row were left out")
-    assert f"the last good checkpoint is {run_dir / 'iter_000002.pkl'}; type a smaller learning_rate" in line
+    assert f"the last checkpoint before that is {run_dir / 'iter_000002.pkl'}; type a smaller learning_rate" in line
     assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
     rows = log_of(run_dir)
     assert [row.get("train/skipped_updates") for row in rows[1:]] == [0, 0, 15, 16]
     assert rows[2]["train/grad_norm"] > 0 and rows[4]["train/grad_norm"] is None
+
+    words = ("resume=auto", "learning_rate=1e35", "max_num_iters=3")  # It ends before there are that many.
+    assert script.main(override(*words, f"save_dir={tmp_path}")) == 0
+    assert "Not saved after iteration 2: the last 15 updates were left out" in capsys.readouterr().out
+    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
 
 
 def test_nothing_is_compiled_after_the_second_iteration(tmp_path, monkeypatch):

@@ -95,6 +95,23 @@ def test_gradients_are_finite_on_finished_rows(network, config, model, played):
         assert np.isfinite(flat_vector(gradient)).all()
 
 
+@pytest.mark.parametrize("num_rows", [32, 30])
+def test_the_gradient_in_parts_is_that_of_the_whole(num_rows, network, config, model, played):
+    """Rows of early and late states, in four parts and in two, each at a size of its own."""
+    config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
+    samples = make_rows(played[1], 0, 64)
+    samples = jax.tree.map(lambda x: x[np.random.default_rng(0).permutation(64)[:num_rows]], samples)
+    assert 0 < int(script.index_of_smallest_size(config.token_sizes, samples.observation).sum()) < num_rows
+    gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
+    in_parts = jax.jit(functools.partial(script.gradients_in_parts, gradients, config))
+    count = samples.mask.sum()
+    (loss, metrics), found = in_parts(samples, model.params, model.state, count)
+    (expected_loss, expected_metrics), expected = loss_and_gradient(network, config, model, samples)
+    for a, b in ((loss, expected_loss), *((metrics[key], expected_metrics[key]) for key in expected_metrics)):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    np.testing.assert_allclose(flat_vector(found), flat_vector(expected), rtol=1e-2, atol=1e-4)
+
+
 def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(model, apply, played):
     observations = played[1]
     wild = script.Model(jax.tree.map(lambda x: 10.0 * x, model.params), model.state)

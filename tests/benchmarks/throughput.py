@@ -95,9 +95,9 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
         count = jax.lax.psum(batch.mask.sum(), script.DEVICES)
-        sums = script.sum_over_rows(gradients, config, batch, params, net_state, count)
-        (_, metrics), grads = jax.lax.psum(sums, script.DEVICES)
-        return *script.apply_gradients(config, params, opt_state, grads, config.learning_rate), metrics
+        sums = script.gradients_in_parts(gradients, config, batch, params, net_state, count)
+        (loss, metrics), grads = jax.lax.psum(sums, script.DEVICES)
+        return *script.apply_gradients(config, params, opt_state, loss, grads, config.learning_rate), metrics
 
     collect, learn = (jax.pmap(function, axis_name=script.DEVICES) for function in (collect, learn))
     rng, devices = np.random.default_rng(0), jax.local_device_count()
@@ -233,8 +233,9 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
     def gradient_step(model, opt_state, batch):
-        (_, _), grads = script.sum_over_rows(gradients, config, batch, model.params, model.state, batch.mask.sum())
-        return script.apply_gradients(config, model.params, opt_state, grads, 1e-3)
+        arguments = config, batch, model.params, model.state, batch.mask.sum()
+        (loss, _), grads = script.gradients_in_parts(gradients, *arguments)
+        return script.apply_gradients(config, model.params, opt_state, loss, grads, 1e-3)
 
     gradient = seconds_everywhere(gradient_step, model, opt_state, batch, rounds=5 * config.rounds)
     steps = config.num_epochs * script.steps_per_epoch(config)
