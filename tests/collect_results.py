@@ -175,9 +175,9 @@ def speed(benchmark: dict) -> str:
         f"Where an iteration of {whole:.1f} s goes, each timed by itself: the search's network passes",
         f"{share('network')}, environment steps {share('environment')}, gradient steps {share('gradient_steps')}; its",
         f"trees and the rest are what is missing from 100 %, {share('tree_and_rest')}, within the error of such a sum.",
-        f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix products, one on",
-        f"each device; {100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the environment takes",
-        f"{environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
+        f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix products, one",
+        f"on each device; {100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the",
+        f"environment takes {environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
         f"{environment['jumanji_microseconds']:.0f} µs.",
     ]
     table = ["| seconds that a new process takes | tracing | compiling | from the cache |", "|---|---|---|---|"]
