@@ -199,8 +199,15 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     devices = jax.device_count()
     size = config.rollout_batch_size // devices
 
-    def seconds_everywhere(function: Callable, *arguments: Any, rounds: int = config.rounds) -> float:
-        return seconds_of(jax.pmap(function), *script.replicate(arguments), rounds=rounds)
+    def seconds_everywhere(function: Callable, *arguments: Any) -> float:
+        return seconds_of(jax.pmap(function), *script.replicate(arguments), rounds=config.rounds)
+
+    def seconds_in_a_loop(body: Callable, carry: Any, length: int = 100) -> float:
+        """Of one turn of carry = body(carry), without what it costs to start a program."""
+        return (
+            seconds_everywhere(lambda c: jax.lax.scan(lambda c, _: (body(c), None), c, length=length)[0], carry)
+            / length
+        )
 
     model = jax.device_put(script.Model(script.host_copy(state.params), script.host_copy(state.net_state)))
     opt_state = jax.device_put(script.host_copy(state.opt_state))
@@ -215,7 +222,8 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
     states, _ = jax.vmap(env.reset)(keys)
     step = jax.vmap(functools.partial(script.step_flat, env))
-    step_seconds = seconds_everywhere(step, states, jnp.zeros(size, jnp.int32), rounds=20 * config.rounds)
+    after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
+    step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
     passes, env_steps = count_visits(config, model, keys)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
@@ -223,7 +231,12 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         def act(model, observation, network_size=network_size):
             return script.argmax(network.apply(model.params, model.state, None, observation, network_size)[0][0])
 
-        network_seconds += number * seconds_everywhere(act, model, observation, rounds=20 * config.rounds)
+        def act_again(carry, act=act):  # The barrier makes each turn wait for the one before.
+            model, observation, _ = jax.lax.optimization_barrier(carry)
+            return model, observation, act(model, observation)
+
+        start = model, observation, jnp.zeros(size, jnp.int32)
+        network_seconds += number * seconds_in_a_loop(act_again, start) if number else 0.0
         flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
     samples = script.make_samples(trajectory, config.discount)
@@ -232,12 +245,12 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     batch = jax.tree.map(lambda x: x[rows], samples)
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
-    def gradient_step(model, opt_state, batch):
-        arguments = config, batch, model.params, model.state, batch.mask.sum()
-        (loss, _), grads = script.gradients_in_parts(gradients, *arguments)
-        return script.apply_gradients(config, model.params, opt_state, loss, grads, 1e-3)
+    def gradient_step(carry):
+        params, opt_state, batch = jax.lax.optimization_barrier(carry)
+        (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params, model.state, batch.mask.sum())
+        return *script.apply_gradients(config, params, opt_state, loss, grads, 1e-9), batch
 
-    gradient = seconds_everywhere(gradient_step, model, opt_state, batch, rounds=5 * config.rounds)
+    gradient = seconds_in_a_loop(gradient_step, (model.params, opt_state, batch), length=10)
     steps = config.num_epochs * script.steps_per_epoch(config)
 
     side = 2048 if jax.default_backend() == "cpu" else 8192
