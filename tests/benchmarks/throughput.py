@@ -202,12 +202,13 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     def seconds_everywhere(function: Callable, *arguments: Any) -> float:
         return seconds_of(jax.pmap(function), *script.replicate(arguments), rounds=config.rounds)
 
-    def seconds_in_a_loop(body: Callable, carry: Any, length: int = 100) -> float:
-        """Of one turn of carry = body(carry), without what it costs to start a program."""
-        return (
-            seconds_everywhere(lambda c: jax.lax.scan(lambda c, _: (body(c), None), c, length=length)[0], carry)
-            / length
-        )
+    def seconds_in_a_loop(body: Callable, carry: Any, *arguments: Any, length: int = 100) -> float:
+        """Of one turn of carry = body(carry, *arguments), without what it costs to start a program."""
+
+        def loop(carry, arguments):
+            return jax.lax.scan(lambda carry, _: (body(carry, *arguments), None), carry, length=length)[0]
+
+        return seconds_everywhere(loop, carry, arguments) / length
 
     model = jax.device_put(script.Model(script.host_copy(state.params), script.host_copy(state.net_state)))
     opt_state = jax.device_put(script.host_copy(state.opt_state))
@@ -231,12 +232,15 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         def act(model, observation, network_size=network_size):
             return script.argmax(network.apply(model.params, model.state, None, observation, network_size)[0][0])
 
-        def act_again(carry, act=act):  # The barrier makes each turn wait for the one before.
-            model, observation, _ = jax.lax.optimization_barrier(carry)
-            return model, observation, act(model, observation)
+        if number:
 
-        start = model, observation, jnp.zeros(size, jnp.int32)
-        network_seconds += number * seconds_in_a_loop(act_again, start) if number else 0.0
+            def again(actions, model, observation, act=act):
+                """The observations depend on the turn before, as far as XLA can know: none of it is computed once."""
+                never = actions < 0
+                keep = lambda x: jnp.where(never.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
+                return act(model, jax.tree.map(keep, observation))
+
+            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), model, observation)
         flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
     samples = script.make_samples(trajectory, config.discount)
@@ -245,12 +249,12 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     batch = jax.tree.map(lambda x: x[rows], samples)
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
 
-    def gradient_step(carry):
-        params, opt_state, batch = jax.lax.optimization_barrier(carry)
+    def gradient_step(carry, batch):
+        params, opt_state = carry
         (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params, model.state, batch.mask.sum())
-        return *script.apply_gradients(config, params, opt_state, loss, grads, 1e-9), batch
+        return script.apply_gradients(config, params, opt_state, loss, grads, 1e-9)
 
-    gradient = seconds_in_a_loop(gradient_step, (model.params, opt_state, batch), length=10)
+    gradient = seconds_in_a_loop(gradient_step, (model.params, opt_state), batch, length=10)
     steps = config.num_epochs * script.steps_per_epoch(config)
 
     side = 2048 if jax.default_backend() == "cpu" else 8192
