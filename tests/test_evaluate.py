@@ -67,7 +67,8 @@ def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tm
     # A checkpoint of PPO is searched with as the other one is.
     of_search, of_ppo = run(tmp_path, search_run, ppo_run, "policy=search", "num_simulations=4")["rows"]
     assert of_search["returns"] == search.tolist() and of_search["search"] == of_ppo["search"]
-    assert of_ppo["avg_return"] > last_row(ppo_run)["eval/greedy/avg_return"] + 0.02
+    assert of_ppo["avg_return"] >= last_row(ppo_run)["eval/greedy/avg_return"]
+    assert not np.array_equal(of_ppo["returns"], of_search["returns"])
 
 
 def rule(observation) -> tuple[int, int]:

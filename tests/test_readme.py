@@ -23,11 +23,7 @@ import train_search_distill_binpack as script
 
 FULL = "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=16 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
-RUN = (
-    "train_search_distill_binpack.py",
-    "train_search_distill_binpack.py preset=cpu",
-    "train_ppo_binpack.py preset=cpu",
-)
+RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()
 
 
@@ -49,10 +45,8 @@ def small(name: str, words: list[str]) -> list[str]:
     config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
     keys = set(config.model_fields) - given
     full = not words and name == "train_search_distill_binpack.py"  # Keeps the full network and search.
-    kept = ("max_num_iters",)
-    if name == "train_search_distill_binpack.py":
-        # Its completions, sizes and batches, on as many cores as it takes, run here once.
-        kept += ("leaf_value", "token_sizes", "rollout_batch_size", "training_batch_size")
+    # The completions and batches of preset=cpu, on as many cores as it takes, run here once.
+    kept = ("max_num_iters", "leaf_value", "rollout_batch_size", "training_batch_size")
     overrides = FULL if full else [word for word in SMALL_WORDS if not word.startswith(kept)] + ["max_num_iters=1"]
     return [word for word in overrides if word.partition("=")[0] in keys]
 
@@ -80,8 +74,7 @@ def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    of_search = name == "train_search_distill_binpack.py"  # On as many cores as it takes; PPO on one.
-    environment = {key: x for key, x in os.environ.items() if key != "JAX_NUM_CPU_DEVICES" or not of_search}
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     command = [sys.executable, name, *words, *small(name, words)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -90,7 +83,7 @@ def test_command_runs_as_written(command, tmp_path):
     layers = [x for x in jax.tree.leaves(script.read_checkpoint(path)["model"][0]) if x.ndim == 3]
     assert len(layers) > 5 and {len(x) for x in layers} == {4 if full else 1}
     assert not full or all((x[0] != x[1]).any() for x in layers)
-    most = 4 if of_search and not full else 1  # For 64 episodes; 16 or 8.
+    most = 1 if full else 4  # For 16 episodes, and for 64.
     cores = max(n for n in (1, 2, 4) if n <= min(most, len(os.sched_getaffinity(0))))
     assert f" {cores} x cpu" in run.stdout
     if full:
