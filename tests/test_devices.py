@@ -88,7 +88,7 @@ def test_two_processes_make_one_run_and_none_outlives_the_other(ppo_run, ppo_wor
     assert time.time() - killed < 60 and first.returncode not in (0, 2), err
     assert "a process of this run ended" in err or "JAX distributed service" in err, err
     assert "4 x cpu, from iteration 1" in out
-    said = [line for line in second.communicate()[0].splitlines() if not line.startswith("[Gloo]")]
+    said = [line for line in second.communicate()[0].splitlines() if line and not line.startswith("[Gloo]")]
     assert len(said) == 1 and said[0].startswith("process 1 of 2 waits for localhost:")
     assert_same_run(run_dir, ppo_run, first=2)
 
