@@ -433,9 +433,7 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     words = _pack_bits(accepted.reshape(-1, 1))  # [W', 1]
     before = jnp.tril(jnp.broadcast_to(count(words[:, 0]), (len(words), len(words))), -1).sum(-1)  # [W'], exclusive
     up_to = _pack_bits(np.tri(WORD_BITS, dtype=bool).T)[0]  # [WORD_BITS]
-    rank = (
-        (before[:, None] + count(words & up_to)).astype(jnp.int32).reshape(-1)[: 6 * num_ems]
-    )  # [6E], 1 for the first.
+    rank = (before[:, None] + count(words & up_to)).reshape(-1)[: 6 * num_ems].astype(jnp.int32)  # [6E], from 1.
     free_rank = count(_pack_bits(~kept[:, None]) & _pack_bits(np.tri(num_ems, dtype=bool).T)).sum(-2)  # [E]
     free_rank = free_rank.astype(jnp.int32)
     word = (before[:, None] < free_rank).sum(0) - 1  # [E]: that of the candidate with this rank,
@@ -1469,7 +1467,8 @@ def prepare_run(config: RunConfig) -> dict | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(f"no permission to write in {run_dir}")
-        lock_folder(run_dir)
+        if not _held_locks:
+            lock_folder(run_dir)
         for file in files if config.overwrite else []:
             file.unlink()
     except OSError as error:
@@ -1823,7 +1822,7 @@ def train(config: RunConfig, preset: str) -> int:
             remove_older(path, config.keep_checkpoints)
 
     def give_up(metrics: dict[str, float]) -> None:
-        name = next(key for key, value in metrics.items() if not math.isfinite(value))
+        name = next((key for key, value in metrics.items() if not math.isfinite(value)), "the loss")
         saved = find_checkpoints(run_dir)
         raise UsageError(
             f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the last"
