@@ -55,6 +55,7 @@ import optax
 import tqdm
 import wandb
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -235,7 +236,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class UsageError(Exception):
-    """A mistake of the user: one line that says what was expected, what came and what to type instead."""
+    """A mistake of the user: one line that says what was expected, what came and what to type instead. It stays one
+    line of bearable length whatever came."""
+
+    def __str__(self) -> str:
+        line = "".join(x if x.isprintable() else repr(x)[1:-1] for x in super().__str__())
+        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 class DamagedFile(UsageError):
@@ -995,9 +1001,10 @@ def init_train_state(env: BinPack, network: hk.TransformedWithState, config: Run
 
     @jax.jit  # One program compiles faster than the many small ones of its operations.
     def init(key):
-        _, timestep = env.reset(key)
-        params, net_state = network.init(key, timestep.observation)
-        return TrainState(params, net_state, make_optimizer(config).init(params), key, jnp.int32(0))
+        observation = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(env.reset, key)[1].observation)
+        params, net_state = network.init(key, observation)
+        opt_state = make_optimizer(config).init(ravel_pytree(params)[0])
+        return TrainState(params, net_state, opt_state, key, jnp.int32(0))
 
     return init(jax.random.PRNGKey(config.seed))
 
@@ -1031,7 +1038,8 @@ PARTS = 4  # Of a minibatch, as far as its rows divide.
 def gradients_in_parts(
     gradients: Callable, config: RunConfig, batch: Any, params: Any, net_state: Any, count: Any
 ) -> Any:
-    """gradients(size, params, net_state, batch, count) -> ((loss, metrics), grads), all of them sums over rows.
+    """gradients(size, params, net_state, batch, count) -> ((loss, metrics), grads), all of them sums over rows; returns
+    them with grads as one vector, so that what follows is one operation and not one for each parameter.
 
     A minibatch has rows of all kinds. Those that need the same size are brought together, and the sum is taken over
     parts, each at its own size.
@@ -1041,20 +1049,22 @@ def gradients_in_parts(
     parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), batch)
 
     def of_part(part):
-        return at_smallest_size(gradients, config.token_sizes, part.observation, params, net_state, part, count)
+        inputs = (params, net_state, part, count)
+        sums, grads = at_smallest_size(gradients, config.token_sizes, part.observation, *inputs)
+        return sums, ravel_pytree(grads)[0]
 
     return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, parts))
 
 
 def apply_gradients(
-    config: RunConfig, params: Any, opt_state: optax.OptState, loss: jax.Array, grads: Any, rate: jax.Array
+    config: RunConfig, params: Any, opt_state: optax.OptState, loss: jax.Array, grads: jax.Array, rate: jax.Array
 ) -> tuple[Any, optax.OptState]:
-    """One step of the optimizer -> (params, opt_state); none where the loss or the gradient's norm is not finite."""
+    """One step of the optimizer along grads [number of parameters] -> (params, opt_state); none where the loss or the
+    gradient's norm is not finite."""
     sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    grads = jax.tree.map(lambda x: jnp.where(sound, x, jnp.nan), grads)
-    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-    updates = jax.tree.map(lambda x: -rate * x, updates)
-    return optax.apply_updates(params, updates), opt_state
+    updates, opt_state = make_optimizer(config).update(jnp.where(sound, grads, jnp.nan), opt_state)
+    as_params = ravel_pytree(params)[1]
+    return optax.apply_updates(params, as_params(-rate * updates)), opt_state
 
 
 def skip_metrics(before: optax.OptState, after: optax.OptState) -> dict[str, jax.Array]:
@@ -1529,7 +1539,7 @@ class RunLog:
             try:
                 self._wandb.log(row)
             except Exception as error:  # W&B is never the reason that training stops.
-                self.say(f"W&B stopped ({type(error).__name__}: {error}); training goes on, the log is {self.path}")
+                self.say(_without_wandb("stopped", error, self.path))
                 self._wandb = None
 
     def close(self) -> None:
@@ -1540,7 +1550,7 @@ class RunLog:
             try:
                 self._wandb.finish()
             except Exception as error:
-                print(f"W&B did not finish ({type(error).__name__}: {error}); the log is {self.path}")
+                print(_without_wandb("did not finish", error, self.path))
 
 
 class NoLog:
@@ -1576,14 +1586,30 @@ def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             arguments["mode"] = "offline"
         quiet = {} if "WANDB_CONSOLE" in os.environ else {"console": "off"}
-        run = wandb.init(config=config.model_dump() | {"method": METHOD}, settings=wandb.Settings(**quiet), **arguments)
+        arguments |= dict(config=config.model_dump() | {"method": METHOD}, settings=wandb.Settings(**quiet))
+        try:
+            run = wandb.init(**arguments)
+        except wandb.errors.CommError as error:
+            print(f"W&B cannot be reached ({_first_line(error)}): offline")
+            run = wandb.init(**arguments | {"mode": "offline"})
         for axis in ("iteration", "frames", "hours"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="iteration")
         return run
     except Exception as error:  # W&B is never the reason that training stops.
-        print(f"W&B did not start ({type(error).__name__}: {error}); training goes on, the log is in {run_dir}")
+        print(_without_wandb("did not start", error, run_dir / "metrics.jsonl"))
         return None
+
+
+def _without_wandb(what: str, error: Exception, log: Path) -> str:
+    with contextlib.suppress(Exception):
+        wandb.teardown()  # Else what is left of it raises at the end of the process.
+    line = f"W&B {what} ({_first_line(error)}); training goes on, and"
+    return f"{line} `wandb.log` of each line of {log} uploads it later"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class StopRequest:

@@ -1,5 +1,5 @@
 """Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and makes the README's table and curves
-from it and `tests/results/floors.json`, and its table of speeds.
+from it and `tests/results/floors.json`, and its tables of speeds and of faults.
 
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
@@ -10,7 +10,7 @@ Without arguments only the tables and the curves are made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
 
-and the table of speeds from tests/benchmarks/throughput.py.
+the table of speeds from tests/benchmarks/throughput.py, that of faults from tests/measure_reliability.py.
 """
 
 import json
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
+RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
 FLOOR_LABELS = {
     "random": "random legal actions",
@@ -188,14 +189,32 @@ def speed(benchmark: dict) -> str:
     return "\n".join([*lines, "", " ".join(sentences), "", *table])
 
 
-def with_tables(readme: str, results: dict, floors: dict, benchmark: dict) -> str:
-    for name, text in (("results", table(results, floors)), ("speed", speed(benchmark))):
-        readme = re.sub(
+def reliability(found: dict) -> str:
+    """The README's table of a run of tests/measure_reliability.py."""
+    lines = ["| fault | injected | survived | lost |", "|---|---|---|---|"]
+    for row in found["kinds"].values():
+        lines.append(f"| {row['faults']} | {row['injected']:,} | {row['survived']:,} | {row['lost']:,} |")
+    (device,) = {row["device"] for row in found["kinds"].values()}
+    minutes = sum(row["minutes"] for row in found["kinds"].values())
+    return "\n".join([*lines, "", f"{device}; {minutes:.0f} minutes of one process, half of that for two."])
+
+
+def tables() -> dict[str, str]:
+    """The README's tables by name, from the committed files."""
+    files = (RESULTS, FLOORS, BENCHMARK, RELIABILITY)
+    results, floors, benchmark, faults = (json.loads(path.read_text()) for path in files)
+    return dict(results=table(results, floors), speed=speed(benchmark), reliability=reliability(faults))
+
+
+def with_tables(readme: str) -> str:
+    for name, text in tables().items():
+        readme, count = re.subn(
             rf"(<!-- {name} table: .*? -->\n).*?(<!-- end of {name} table -->)",
             lambda match, text=text: match.group(1) + text + "\n" + match.group(2),
             readme,
             flags=re.DOTALL,
         )
+        assert count == 1, f"README.md: expected one place for the {name} table, found {count}"
     return readme
 
 
@@ -230,9 +249,8 @@ def main(argv: list[str]) -> None:
         groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]
         RESULTS.write_text(json.dumps(dict(groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
-    results, floors, benchmark = (json.loads(path.read_text()) for path in (RESULTS, FLOORS, BENCHMARK))
-    readme.write_text(with_tables(readme.read_text(), results, floors, benchmark))
-    draw(results)
+    readme.write_text(with_tables(readme.read_text()))
+    draw(json.loads(RESULTS.read_text()))
 
 
 if __name__ == "__main__":

@@ -43,17 +43,24 @@ def assert_same_run(run_dir: Path, one_device: Path, first: int = 1) -> None:
     assert np.mean(difference > 1e-3) < 0.01, np.quantile(difference, [0.5, 0.99, 1.0])
 
 
-def test_search_distillation_on_four_devices(tmp_path):
-    """The same as on one, at a rate at which rounding does not grow into another game within three iterations. PPO on
-    four stands below, in two processes."""
-    words = override("max_num_iters=3", "num_epochs=1", "learning_rate=1e-3")
-    assert script.main([*words, f"save_dir={tmp_path / 'one'}"]) == 0
-    command = [sys.executable, "train_search_distill_binpack.py", *words, f"save_dir={tmp_path / 'four'}"]
+def test_search_distillation_on_four_devices(search_run, tmp_path):
+    """The same as on one. PPO on four stands below, in two processes."""
+    words = [*override("max_num_iters=3"), f"save_dir={tmp_path}"]
+    command = [sys.executable, "train_search_distill_binpack.py", *words]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0 and "4 x cpu" in run.stdout, run.stdout + run.stderr
-    four, one = (tmp_path / name / "BinPack-v2" / "nsim_2" / "seed_0" for name in ("four", "one"))
-    assert_same_run(four, one)
+    assert_same_run(tmp_path / "BinPack-v2" / "nsim_2" / "seed_0", search_run)
+
+
+def test_cpu_cores_are_devices_as_far_as_the_batches_divide():
+    code = "import train_search_distill_binpack as script, jax; script.use_cpu_cores(%s); print(jax.device_count())"
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    cores = len(os.sched_getaffinity(0))
+    for batches, most in (("64, 256", 4), ("64, 34", 2), ("1024, 17", 1)):  # 16 rows or more for each.
+        run = [sys.executable, "-c", code % batches]
+        found = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        assert int(found) == max(n for n in (1, 2, 4) if n <= min(most, cores))
 
 
 def start_two(save_dir: Path, words: list[str], *of_the_second: str) -> list[subprocess.Popen]:

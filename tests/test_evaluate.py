@@ -58,17 +58,14 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
 
 
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
-    words = ("policy=greedy,search,best_of_n,sample", "n=100", "num_simulations=4")
-    search_run /= "iter_000001.pkl"  # One that leaves room.
-    greedy, search, best, sample = (np.array(row["returns"]) for row in run(tmp_path, search_run, *words)["rows"])
-    assert (search >= greedy).all() and (best >= greedy).all() and (best >= sample).all()
-    assert search.mean() > greedy.mean() + 0.02 and best.mean() > greedy.mean()
-    assert (sample != greedy).any()
-    # A checkpoint of PPO is searched with as the other one is.
-    of_search, of_ppo = run(tmp_path, search_run, ppo_run, "policy=search", "num_simulations=4")["rows"]
-    assert of_search["returns"] == search.tolist() and of_search["search"] == of_ppo["search"]
-    assert of_ppo["avg_return"] >= last_row(ppo_run)["eval/greedy/avg_return"]
-    assert not np.array_equal(of_ppo["returns"], of_search["returns"])
+    """And a checkpoint of PPO is searched with as the other one is."""
+    words = ("policy=greedy,search,best_of_n,sample", "n=100", "num_simulations=8")
+    rows = run(tmp_path, search_run / "iter_000001.pkl", ppo_run, *words)["rows"]  # One that leaves room.
+    for of_run in (rows[0::2], rows[1::2]):
+        greedy, search, best, sample = (np.array(row["returns"]) for row in of_run)
+        assert (search >= greedy).all() and (best >= greedy).all() and (best >= sample).all()
+        assert search.mean() > greedy.mean() and best.mean() > greedy.mean() and (sample != greedy).any()
+    assert rows[2]["search"] == rows[3]["search"] and rows[2]["returns"] != rows[3]["returns"]
 
 
 def rule(observation) -> tuple[int, int]:

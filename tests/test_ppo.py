@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, SMALL_SEARCH
+from conftest import NOT_OF_PPO, SMALL
 
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
@@ -21,7 +21,7 @@ ADVANTAGE = RNG.normal(size=200)
 
 @pytest.fixture(scope="module")
 def ppo_config():
-    return ppo.Config(**{key: value for key, value in SMALL.items() if key not in SMALL_SEARCH})
+    return ppo.Config(**{key: value for key, value in SMALL.items() if key not in NOT_OF_PPO})
 
 
 def test_twin_sections_are_the_same_in_both_scripts():
@@ -153,26 +153,17 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
     assert float(loss) == pytest.approx(total, rel=2e-4)
 
 
-def iterate_on(env, network, config, iterations: int) -> list[dict]:
-    """The metrics of the first iterations."""
-    state = ppo.replicate(ppo.init_train_state(env, network, config))
-    iterate = jax.pmap(ppo.make_train_iteration(env, network, config), axis_name=ppo.DEVICES)
-    rows = []
-    for _ in range(iterations):
-        state, metrics = iterate(state)
-        rows.append(ppo.host_copy(metrics))
-    return rows
-
-
-def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_config):
-    """With steps too small to change anything, each ratio is 1 (the network sees an action under the view that it was
+def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_words):
+    """Where the learning rate has decayed to 0, each ratio is 1 (the network sees an action under the view that it was
     drawn from), and the surrogate is minus the mean of the trained rows' normalised advantages."""
-    still = ppo_config.model_copy(update=dict(learning_rate=1e-12))
-    (row,) = iterate_on(env, network, still, 1)
-    assert row["train/clip_fraction"] == 0.0 and 0.0 <= row["train/approx_kl"] < 1e-8
+    still, _ = ppo.parse_command_line(ppo_words(), ppo.Config, ppo.PRESETS)
+    last = still.learning_rate_decay_iters
+    state = ppo.init_train_state(env, network, still)._replace(iteration=jnp.int32(last))
+    iterate = jax.pmap(ppo.make_train_iteration(env, network, still), axis_name=ppo.DEVICES, donate_argnums=0)
+    row = ppo.host_copy(iterate(ppo.replicate(state))[1])
+    assert row["train/learning_rate"] == row["train/clip_fraction"] == 0.0 <= row["train/approx_kl"] < 1e-8
 
-    state = ppo.init_train_state(env, network, still)
-    collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, 0))
+    collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, last))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(collect_key, jnp.arange(still.rollout_batch_size))
     rollout = jax.jit(ppo.make_rollout(env, ppo.make_sampling_policy(network, still)))
     trajectory = rollout(ppo.Model(state.params, state.net_state), keys)

@@ -1,16 +1,14 @@
-"""Whole runs: log, checkpoints, resuming, stopping, Weights & Biases."""
+"""Whole runs: log, checkpoints, resuming, stopping. What happens to them by faults: test_reliability.py."""
 
 import contextlib
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -207,31 +205,6 @@ def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skips(se
         script.prepare_run(config)
 
 
-def test_damage_to_a_checkpoint_is_detected_or_harmless(search_run, tmp_path):
-    """200 flipped bits and 50 truncations, some of them in the digest itself."""
-    good, path, rng = (
-        (search_run / "iter_000004.pkl").read_bytes(),
-        tmp_path / "iter_000001.pkl",
-        np.random.default_rng(0),
-    )
-    expected = script.read_checkpoint(search_run / "iter_000004.pkl")
-    positions = [*rng.integers(0, len(good), 190), *rng.integers(len(good) - 39, len(good), 10)]
-    damaged = [good[:i] + bytes([good[i] ^ (1 << int(rng.integers(8)))]) + good[i + 1 :] for i in positions]
-    damaged += [good[:i] for i in [*rng.integers(0, len(good), 40), *range(len(good) - 50, len(good), 5)]]
-    detected = 0
-    for data in damaged:
-        path.write_bytes(data)
-        try:
-            found = script.read_checkpoint(path)
-        except script.DamagedFile as error:
-            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-            detected += 1
-        else:
-            assert jax.tree.structure(found) == jax.tree.structure(expected)
-            assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)))
-    assert len(damaged) == 250 and 230 <= detected < 250  # A marker that is gone is harmless.
-
-
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 9]), (1, [3, 9]), (2, [2, 3, 9]), (5, [1, 2, 3, 9])])
 def test_only_older_checkpoints_are_removed(keep, left, tmp_path):
     """A later one, skipped as damaged, does not count: else the sound ones would go for it."""
@@ -260,117 +233,12 @@ def test_a_write_without_room_leaves_the_earlier_checkpoint(tmp_path):
     assert script._PlainUnpickler(path.open("rb")).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_without_room_ends_with_a_line_and_keeps_its_checkpoints(search_run, tmp_path, capsys):
-    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    shutil.copytree(search_run, run_dir, ignore=shutil.ignore_patterns("iter_000003.pkl", "iter_000004.pkl"))
-    with files_up_to((run_dir / "iter_000002.pkl").stat().st_size // 2):
-        assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {run_dir / 'iter_000003.pkl'}: cannot be written (") and "resume=auto" in line
-    assert contents_of(run_dir).keys() == {"iter_000001.pkl", "iter_000002.pkl", "metrics.jsonl"}
-    for path in script.find_checkpoints(run_dir):
-        assert script.read_checkpoint(path)["iteration"] == int(path.stem[5:])
-
-
-def test_a_folder_has_one_run_at_a_time_and_a_dead_one_does_not_count(search_run, tmp_path, capsys, request):
-    """The lock dies with its process, here by SIGKILL."""
-    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    shutil.copytree(search_run, run_dir)
-    code = "import sys, time; from pathlib import Path; import train_search_distill_binpack as script"
-    code += "; script.lock_folder(Path(sys.argv[1])); print(); sys.stdout.flush(); time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE)
-    request.addfinalizer(holder.kill)
-    holder.stdout.readline()
-    before = contents_of(run_dir)
-    for words in (["resume=auto", "max_num_iters=5"], ["overwrite=true"], []):
-        assert script.main(override(*words, f"save_dir={tmp_path}")) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {run_dir}: expected a folder that no other run writes to")
-        assert f"process {holder.pid} of " in line and "another save_dir or seed" in line
-    assert contents_of(run_dir) == before
-    holder.kill()
-    holder.wait()
-    assert script.main(override("resume=auto", f"save_dir={tmp_path}")) == 0
-
-
-def test_updates_that_are_not_finite_are_left_out_counted_and_end_the_run(search_run, tmp_path, capsys):
-    """From parameters so large that every gradient overflows: none is applied, and no checkpoint comes of it."""
-    run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    shutil.copytree(search_run, run_dir, ignore=shutil.ignore_patterns("iter_000003.pkl", "iter_000004.pkl"))
-    contents = script.read_checkpoint(run_dir / "iter_000002.pkl")
-    contents["model"] = jax.tree.map(lambda x: 1e30 * x, contents["model"])
-    script.write_checkpoint(run_dir / "iter_000002.pkl", contents)
-    assert script.main(override("resume=auto", f"save_dir={tmp_path}", "max_skipped_updates=20")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: iteration 4: train/grad_norm is not finite, and 32 updates in a row were left out")
-    assert f"the last checkpoint before that is {run_dir / 'iter_000002.pkl'}; type a smaller learning_rate" in line
-    rows = log_of(run_dir)
-    assert [row.get("train/skipped_updates") for row in rows[1:]] == [0, 0, 16, 16]
-    assert rows[2]["train/grad_norm"] > 0 and rows[4]["train/grad_norm"] is None
-
-    # The same, and the run ends before there are too many.
-    assert script.main(override("resume=auto", "max_num_iters=3", f"save_dir={tmp_path}")) == 0
-    assert "Not saved after iteration 2: the last 16 updates were left out" in capsys.readouterr().out
-    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
-
-
-def test_nothing_is_compiled_after_the_second_iteration(tmp_path, monkeypatch):
-    """Collection, learning, both evaluations and saving: one program each, whatever the iteration."""
-    compiled, at_row = [], []
-
-    def listen(event, seconds, **more):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    record = script.RunLog.record
-    monkeypatch.setattr(script.RunLog, "record", lambda log, row: (at_row.append(len(compiled)), record(log, row)))
-    words = ("max_num_iters=6", "eval_interval=1", "save_interval=1", "eval_search_interval=1")
-    run(tmp_path, *words, "eval_num_simulations=2")
-    jax.monitoring.clear_event_listeners()
-    assert len(at_row) == 7 and 0 < at_row[0] < at_row[1] == at_row[6]
-
-
-def start_process(save_dir: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train_search_distill_binpack.py"), *override(*words), f"save_dir={save_dir}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def test_ctrl_c_and_sigterm_ask_once_and_then_end_the_process(capfd):
     for number in (signal.SIGINT, signal.SIGTERM):
         stop = script.StopRequest()
         os.kill(os.getpid(), number)
         assert stop.made and "once more to leave at once" in capfd.readouterr().err
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_signal_saves_and_leaves_cleanly(tmp_path):
-    process = start_process(tmp_path, "max_num_iters=100", "eval_interval=100", "save_interval=100")
-    log = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl"
-    deadline = time.time() + 200
-    while time.time() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 4):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
-    assert (
-        re.search(r"Stopped at iteration \d+; the same command with resume=auto", output) and "Traceback" not in output
-    )
-    checkpoint = load(script.find_checkpoints(log.parent)[-1])
-    assert checkpoint["iteration"] == log_of(log.parent)[-1]["iteration"] >= 3
-
-
-def test_wandb_is_offline_without_an_account_and_obeys_its_own_settings(tmp_path, monkeypatch):
-    for variable in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    (tmp_path / "elsewhere").mkdir()
-    process = start_process(tmp_path / "save", "max_num_iters=1")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and "WARNING" not in output, output
-    (data,) = tmp_path.glob("elsewhere/wandb/offline-run-*/run-*.wandb")
-    assert data.stat().st_size > 1000
 
 
 def test_training_goes_on_when_wandb_fails(tmp_path, monkeypatch, capsys):

@@ -74,8 +74,8 @@ def jumanji_env():
 def device_arm(name: str, env, config: Config) -> Arm:
     """The script's own iteration."""
     network = script.make_network(config)
-    step = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES)
-    return Arm(name, lambda state: script.host_copy(step(state)[1]), config)
+    step = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES, donate_argnums=0)
+    return Arm(name, lambda state: script.host_copy(step(jax.tree.map(jnp.copy, state))[1]), config)
 
 
 def host_shuffling_arm(name: str, env, config: Config) -> Arm:
