@@ -176,13 +176,18 @@ def apply(network):
 
 
 @pytest.fixture(scope="session")
-def played(env, model):
-    """States and observations along random episodes, leaves [B, T, ...], with B = 128."""
+def trajectory(env, model):
+    """128 random episodes, with states in the place of decisions."""
 
     def act(model, key, state, observation, memory):
         logits = jax.numpy.where(script.legal_actions(observation), 0.0, script.MASKED)
         return jax.random.categorical(key, logits), state, memory  # The state in the place of the decision.
 
     rollout = script.make_rollout(env, script.Policy(start=lambda *_: (), act=act))
-    trajectory = jax.jit(rollout)(model, jax.random.split(jax.random.PRNGKey(7), 128))
+    return jax.jit(rollout)(model, jax.random.split(jax.random.PRNGKey(7), 128))
+
+
+@pytest.fixture(scope="session")
+def played(trajectory):
+    """States and observations along random episodes, leaves [B, T, ...], with B = 128."""
     return trajectory.decision, trajectory.observation

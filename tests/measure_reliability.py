@@ -534,10 +534,11 @@ def hostile_command_lines(number: int, folder: Path) -> Outcomes:
 EXTREME = [
     ("num_simulations=1", "max_num_considered_actions=1", "search_width=1", "rollout_batch_size=1", "num_epochs=1",
      "training_batch_size=7", "transformer_num_heads=1", "transformer_key_size=1", "pair_units=1",
-     "transformer_mlp_units=[1]", "eval_batch_size=2", "eval_num_simulations=1", "gumbel_scale=0",
+     "transformer_mlp_units=[1]", "eval_batch_size=2", "gumbel_scale=0",
      "leaf_value=completion"),
     ("token_sizes=[[1,1],[40,20]]", "transformer_mlp_units=[8,8,8]", "permute_axes=false", "training_batch_size=31"),
-    ("search_width=800", "max_num_considered_actions=800", "rescale_values=true", "discount=0.01"),
+    ("search_width=800", "max_num_considered_actions=800", "rescale_values=true", "eval_num_simulations=1",
+     "discount=0.01"),
     ("num_transformer_layers=3", "training_batch_size=152", "rollout_batch_size=8", "value_loss_weight=0",
      "max_grad_norm=1e-6"),
     ("value_scale=1e6", "maxvisit_init=0", "num_epochs=9", "gumbel_scale=100"),

@@ -153,7 +153,7 @@ def test_loss_equals_a_plain_loop(network, model, apply, played, ppo_config):
     assert float(loss) == pytest.approx(total, rel=2e-4)
 
 
-def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_words):
+def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, ppo_words, ppo_run):
     """Where the learning rate has decayed to 0, each ratio is 1 (the network sees an action under the view that it was
     drawn from), and the surrogate is minus the mean of the trained rows' normalised advantages."""
     still, _ = ppo.parse_command_line(ppo_words(), ppo.Config, ppo.PRESETS)

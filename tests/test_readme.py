@@ -21,7 +21,7 @@ import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 FULL = (
-    "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=16 eval_num_simulations=0"
+    "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0"
     " token_sizes=[[40,20]]"  # Several of them run in test_reliability.py.
 ).split()
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def test_command_is_understood(command):
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command in RUN])
-def test_command_runs_as_written(command, tmp_path):
+def test_command_runs_as_written(command, search_run, tmp_path):  # That run has compiled what these need.
     """The others differ from them, or from runs of other tests, in values."""
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)

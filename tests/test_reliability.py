@@ -11,7 +11,7 @@ import train_search_distill_binpack as script
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_faults_of_each_kind_are_survived(kind, tmp_path):
+def test_faults_of_each_kind_are_survived(kind, search_run, tmp_path):
     outcomes = KINDS[kind].inject(KINDS[kind].few, tmp_path)
     assert len(outcomes) == KINDS[kind].few and not any(outcomes), outcomes
 

@@ -241,7 +241,7 @@ def test_ctrl_c_and_sigterm_ask_once_and_then_end_the_process(capfd):
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_training_goes_on_when_wandb_fails(tmp_path, monkeypatch, capsys):
+def test_training_goes_on_when_wandb_fails(search_run, tmp_path, monkeypatch, capsys):
     class Broken:
         def log(self, row):
             raise RuntimeError("service died")
