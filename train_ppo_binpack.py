@@ -101,7 +101,7 @@ class RunConfig(BaseModel):
     # Learning.
     training_batch_size: Count = Field(4096, description="decisions in a minibatch, over all devices")
     num_epochs: Count = Field(1, description="passes over an iteration's decisions, in whole minibatches")
-    learning_rate: Positive = Field(1e-3, description="step size of Adam")
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1e-3, description="step size of Adam")
     learning_rate_decay_iters: CountOrZero = Field(0, description="iterations of cosine decay to 0 (0: constant rate)")
     max_grad_norm: Positive = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: Count = Field(
@@ -1256,7 +1256,7 @@ class _Dtype(_Refusing):
 
 
 class _Array(_Refusing):
-    """numpy.ndarray, made from bytes that are copied."""
+    """numpy.ndarray, made from bytes."""
 
     def __init__(self, data: Any = b"", dtype: Any = None, shape: tuple = (), order: str = "C"):
         self.value = None
@@ -1266,7 +1266,7 @@ class _Array(_Refusing):
     def _fill(self, data: Any, dtype: Any, shape: tuple, order: str) -> None:
         if not (isinstance(data, (bytes, bytearray)) and type(dtype) is _Dtype and dtype.value is not None):
             raise pickle.UnpicklingError("it has an array of objects, and only numbers are allowed")
-        self.value = np.frombuffer(bytes(data), dtype.value).reshape(shape, order=order).copy()
+        self.value = np.frombuffer(data, dtype.value).reshape(shape, order=order)  # Copied when it is counted.
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
@@ -1297,9 +1297,14 @@ _PICKLE_GLOBALS = {
 }
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
     """Reads arrays of numbers and plain containers; anything else is refused before it runs. Even numpy's own
-    classes are not handed out: called in the wrong way they read memory that is not theirs."""
+    classes are not handed out: called in the wrong way they read memory that is not theirs. (The unpickler in C makes
+    as much room as a file names; the one in Python does not.)"""
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._entries, self._bytes_left = MAX_ENTRIES, len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLE_GLOBALS:
@@ -1307,20 +1312,22 @@ class _PlainUnpickler(pickle.Unpickler):
         return _PICKLE_GLOBALS[module, name]
 
     def load(self) -> Any:
-        self._entries = 0
         return self._plain(super().load())
 
     def _plain(self, x: Any) -> Any:
-        """The same with arrays in the place of stand-ins. Sharing is undone, so entries are counted."""
-        self._entries += 1
-        if self._entries > MAX_ENTRIES:
+        """The same with arrays in the place of stand-ins. Sharing is undone, so entries and bytes are counted."""
+        self._entries -= 1
+        if self._entries < 0:
             raise pickle.UnpicklingError(f"it has more than {MAX_ENTRIES:,} entries")
         if type(x) is dict:
             return {self._plain(key): self._plain(value) for key, value in x.items()}
         if type(x) in (list, tuple):
             return type(x)(map(self._plain, x))
         if type(x) is _Array and x.value is not None:
-            return x.value
+            self._bytes_left -= x.value.nbytes
+            if self._bytes_left < 0:
+                raise pickle.UnpicklingError("its arrays are larger than the file")
+            return x.value.copy()
         if x is None or type(x) in (bool, int, float, str, bytes):
             return x
         raise pickle.UnpicklingError(f"it holds a {type(x).__name__.strip('_')}, and only plain values are allowed")
@@ -1351,14 +1358,16 @@ def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | N
     """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else, of
     which `DamagedFile` for one that is not as it was written."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "no regular file")
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
+        raise DamagedFile(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
     body, marker, digest = data[:-39], data[-39:-32], data[-32:]
     if marker == DIGEST and hashlib.sha256(body).digest() != digest:
         raise DamagedFile(f"{path}: damaged, its digest does not fit what it holds; give another iter_*.pkl")
     try:
-        contents = _PlainUnpickler(io.BytesIO(data)).load()
+        contents = _PlainUnpickler(data).load()
     except Exception as error:  # A damaged pickle can raise nearly anything.
         raise DamagedFile(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
     contents = contents if isinstance(contents, dict) else {}
@@ -1388,7 +1397,7 @@ def remove_older(newest: Path, keep: int) -> None:
     skipped as damaged, do not count."""
     found = find_checkpoints(newest.parent)
     for path in found[: found.index(newest) + 1][:-keep] if keep else []:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -1410,7 +1419,7 @@ def lock_folder(run_dir: Path) -> None:
     """Keeps other processes from writing to a run's folder until `unlock_folder`, or until this process ends, however
     it does. Raises `UsageError` if another run is at work there."""
     unlock_folder()
-    file = open(run_dir / ".lock", "a+")
+    file = open(run_dir / ".lock", "a+", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1445,26 +1454,22 @@ def newest_sound(checkpoints: list[Path], env_id: str) -> dict:
 def prepare_run(config: RunConfig) -> dict | None:
     """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
 
-    Raises `UsageError` if files of an earlier run are in the way."""
+    Raises `UsageError` if files of an earlier run are in the way. Writes nothing: `take_folder` does."""
     run_dir = config.run_dir()
-    unusable = f"save_dir={config.save_dir}: cannot be used (%s); choose another save_dir"
-    try:
+    with using(config):
         if (run_dir / ".lock").exists() and os.access(run_dir, os.W_OK):
             lock_folder(run_dir)  # Before its files are looked at.
         earlier = find_checkpoints(run_dir)
         files = [*earlier, *run_dir.glob("metrics.jsonl")]
-    except OSError as error:
-        raise UsageError(unusable % error) from None
     checkpoint, in_the_way = None, []
     if config.resume == "auto" and earlier:
         checkpoint = newest_sound(earlier, config.env_id)
     elif config.resume and config.resume != "auto":
         checkpoint = read_checkpoint(config.resume, METHOD, config.env_id)
-        source = Path(config.resume).resolve()
-        in_the_way = (
-            [path for path in earlier if path.resolve() > source] if source.parent == run_dir.resolve() else files
-        )
-        if source.parent != run_dir.resolve():
+        if Path(config.resume).resolve().parent == run_dir.resolve():
+            in_the_way = [path for path in earlier if int(path.stem[5:]) > checkpoint["iteration"]]
+        else:
+            in_the_way = files
             checkpoint["wandb_id"] = uuid.uuid4().hex[:8]  # A branch is a run of its own.
     elif not config.overwrite and config.resume != "auto":
         in_the_way = files
@@ -1473,17 +1478,31 @@ def prepare_run(config: RunConfig) -> dict | None:
             f"{in_the_way[-1]} of an earlier run would be lost; type resume=auto to continue from the newest checkpoint"
             " there, overwrite=true (without resume) to delete the run, or another save_dir"
         )
-    try:
+    return checkpoint
+
+
+def take_folder(config: RunConfig) -> None:
+    """Makes and locks the run's folder, and deletes what a killed run left half-written there, and the whole of an
+    earlier run for `overwrite`. Raises `UsageError`."""
+    run_dir = config.run_dir()
+    with using(config):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(f"no permission to write in {run_dir}")
         if not _held_locks:
             lock_folder(run_dir)
-        for file in files if config.overwrite else []:
+        earlier = [*find_checkpoints(run_dir), *run_dir.glob("metrics.jsonl")] if config.overwrite else []
+        for file in [*run_dir.glob(".*.tmp"), *earlier]:
             file.unlink()
+
+
+@contextlib.contextmanager
+def using(config: RunConfig):
+    """Turns an error of the file system, while a run starts, into a line."""
+    try:
+        yield
     except OSError as error:
-        raise UsageError(unusable % error) from None
-    return checkpoint
+        raise UsageError(f"save_dir={config.save_dir}: cannot be used ({error}); choose another save_dir") from None
 
 
 def restore_leaves(template: Any, leaves: list, hint: str) -> Any:
@@ -1542,6 +1561,10 @@ class RunLog:
                 self.say(_without_wandb("stopped", error, self.path))
                 self._wandb = None
 
+    def sync(self) -> None:
+        """Rows reach the disk before the checkpoint that continues after them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self.bar.close()
         with contextlib.suppress(OSError):  # Said when the row was written.
@@ -1556,13 +1579,13 @@ class RunLog:
 class NoLog:
     """The log of a process that is not the first: the first one writes for all."""
 
-    say = advance = record = close = lambda self, *_: None
+    say = advance = record = sync = close = lambda self, *_: None
 
 
 def _rows_up_to(path: Path, iteration: int) -> list[str]:
     """The lines of an earlier log up to an iteration; what came after its checkpoint will be made again."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["iteration"] <= iteration:
                 rows.append(line + "\n")
@@ -1590,7 +1613,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, run_id: str):
         try:
             run = wandb.init(**arguments)
         except wandb.errors.CommError as error:
-            print(f"W&B cannot be reached ({_first_line(error)}): offline")
+            print(f"W&B cannot be reached ({_first_line(error)}): offline, and `wandb sync` uploads it later")
             run = wandb.init(**arguments | {"mode": "offline"})
         for axis in ("iteration", "frames", "hours"):
             run.define_metric(axis)
@@ -1624,7 +1647,8 @@ class StopRequest:
         self.made = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")  # print may not be re-entered.
+        with contextlib.suppress(OSError):  # print may not be re-entered.
+            os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")
 
 
 # ======================================================================================================================
@@ -1790,6 +1814,7 @@ def train(config: RunConfig, preset: str) -> int:
         for key, (old, new) in changed.items():
             print(f"{key} changes from {old} to {new}")
     iteration = int(state.iteration)
+    on_first_process(lambda: take_folder(config))
 
     run_dir, num_params = config.run_dir(), sum(x.size for x in jax.tree.leaves(state.params))
     kind = f"{num_devices} x {jax.devices()[0].device_kind}"
@@ -1807,7 +1832,7 @@ def train(config: RunConfig, preset: str) -> int:
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
     evaluate = make_evaluate(env, network, config)
     start = saved_at = time.perf_counter()
-    saved_iteration = iteration
+    saved_iteration, start_iteration = iteration, iteration
 
     def evaluation_metrics() -> dict[str, float]:
         metrics = {}
@@ -1844,15 +1869,18 @@ def train(config: RunConfig, preset: str) -> int:
         )
         path = run_dir / f"iter_{iteration:06d}.pkl"
         with writing(path):
+            log.sync()
             write_checkpoint(path, contents)
             remove_older(path, config.keep_checkpoints)
 
     def give_up(metrics: dict[str, float]) -> None:
         name = next((key for key, value in metrics.items() if not math.isfinite(value)), "the loss")
-        saved = find_checkpoints(run_dir)
+        saved = run_dir / f"iter_{saved_iteration:06d}.pkl" if saved_iteration else "none"
+        if saved_iteration == start_iteration and config.resume not in ("", "auto"):
+            saved = config.resume
         raise UsageError(
             f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the last"
-            f" checkpoint before that is {saved[-1] if saved else 'none'}; type a smaller learning_rate, and"
+            f" checkpoint before that is {saved}; type a smaller learning_rate, and"
             " resume=auto or overwrite=true"
         )
 
@@ -1892,7 +1920,7 @@ def train(config: RunConfig, preset: str) -> int:
         print(f"Not saved after iteration {saved_iteration}: the last {in_a_row} updates were left out as not finite.")
     if stopped and iteration < config.max_num_iters:
         print(f"Stopped at iteration {iteration}; the same command with resume=auto (no overwrite) continues.")
-    else:
+    elif not in_a_row:
         print(f"Done: {run_dir}/iter_{saved_iteration:06d}.pkl")
     return 0
 
@@ -1911,13 +1939,23 @@ def main(argv: list[str]) -> int:
             os._exit(2)  # As below.
         return 2
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print(
+                "error: a device has not enough memory; type a smaller rollout_batch_size", file=sys.stderr, flush=True
+            )
+            if jax.process_count() == 1:
+                return 2
+            os._exit(2)
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]
         print(f"error: a process of this run ended ({reason}); start all again with resume=auto", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # An orderly exit would wait for the other processes.
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and jax.process_count() == 1:  # Standard output, mostly.
+            print(f"error: {error}; type resume=auto to continue from the last checkpoint", file=sys.stderr)
+            return 2
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
@@ -1927,5 +1965,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # A log in a file is read while the run goes on.
+    # A log in a file is read while the run goes on; a path may hold what the terminal cannot show.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -130,6 +130,12 @@ def one_line(text: str, *parts: object) -> str | None:
     return None if fine else f"expected one line with {parts}, got {text[-500:]!r}"
 
 
+def goes_on(text: str, saved: list[int]) -> str | None:
+    """Whether a resumed run began where it had been saved, and nowhere before."""
+    fine = f"from iteration {saved[-1] if saved else 0}\n" in text or "Complete: " in text
+    return None if fine else f"saved {saved}, and resumed: {text[:300]}"
+
+
 def first_of(*outcomes: str | None) -> str | None:
     return next(filter(None, outcomes), None)
 
@@ -142,25 +148,31 @@ def first_of(*outcomes: str | None) -> str | None:
 def killed(number: int, folder: Path, iterations: int = 5) -> Outcomes:
     """SIGKILL: every other one while a checkpoint is being written, the rest at a random moment."""
     words = (f"max_num_iters={iterations}", "eval_interval=3")
-    assert run_here(folder / "undisturbed", *words)[0] == 0
-    outcomes, rng = [], random.Random(0)
-    for i in range(number):
-        save_dir = folder / f"killed_{i}"
+    began, undisturbed = time.time(), folder / "undisturbed"
+    start(undisturbed, *words).communicate()
+    seconds = time.time() - began
+    outcomes, rng, halves = [], random.Random(0), 0
+    while len(outcomes) < number:
+        save_dir = folder / "killed"
         run_dir = folder_of(save_dir)
         process = start(save_dir, *words)
-        row = rng.randrange(iterations)
-        wait_for(process, lambda: num_rows(run_dir) > row)
-        if i % 2:
-            time.sleep(0.5 * rng.random())
+        if len(outcomes) % 2:
+            time.sleep(seconds * rng.random())
         else:
-            temporary = run_dir / f".iter_{row + 1:06d}.pkl.tmp"
+            temporary = run_dir / f".iter_{rng.randrange(iterations) + 1:06d}.pkl.tmp"
             wait_for(process, temporary.exists, pause=0)
         process.kill()
         process.communicate()
-        status, _, said = run_here(save_dir, *words, "resume=auto")
-        same = differences(run_dir, folder_of(folder / "undisturbed")) if status == 0 else None
-        outcomes.append(first_of(f"status {status}: {said}" if status else None, same))
-        shutil.rmtree(save_dir)
+        if process.returncode == -signal.SIGKILL:  # Else it had come to its end.
+            halves += any(run_dir.glob(".iter_*.tmp"))
+            rows, saved = num_rows(run_dir), iterations_of(run_dir)
+            lost = None if len(saved) >= rows - 2 else f"{rows} rows, and of the checkpoints only {saved}"
+            status, out, said = run_here(save_dir, *words, "resume=auto")
+            ends = f"status {status}: {said}" if status else differences(run_dir, folder_of(undisturbed))
+            outcomes.append(first_of(lost, ends, goes_on(out, saved)))
+        shutil.rmtree(save_dir, ignore_errors=True)
+    if not halves:
+        outcomes[0] = "none was killed while it wrote a checkpoint"
     return outcomes
 
 
@@ -178,12 +190,13 @@ def signalled(number: int, folder: Path) -> Outcomes:
             process.stderr.readline(), process.stderr.readline()  # It says that it has heard the first.
             process.send_signal(kind)
         out, said = process.communicate(timeout=60)
-        if twice and process.returncode == -kind:
-            outcomes.append(None)
-            continue
-        ends_well = process.returncode == 0 and "the same command with resume=auto" in out and "Traceback" not in said
-        whole = ends_well and iterations_of(run_dir) == [log_of(run_dir)[-1]["iteration"]]
-        outcomes.append(None if whole else f"{process.returncode}, {iterations_of(run_dir)}: {said[-500:]}")
+        saved = iterations_of(run_dir)
+        at_once = twice and process.returncode == -kind
+        told = process.returncode == 0 and "the same command with resume=auto" in out and "Traceback" not in said
+        whole = at_once or (told and saved == [log_of(run_dir)[-1]["iteration"]])
+        ends = None if whole else f"{process.returncode}, saved {saved}: {said[-500:]}"
+        status, out, said = run_here(save_dir, f"max_num_iters={(saved or [0])[-1] + 1}", "resume=auto")
+        outcomes.append(first_of(ends, f"status {status}: {said}" if status else goes_on(out, saved)))
     return outcomes
 
 
@@ -216,43 +229,45 @@ def damaged(number: int, folder: Path) -> Outcomes:
 
 
 @contextlib.contextmanager
-def little_room(folder: Path, size: int):
-    """A disk with so many bytes, where one may be mounted; else files that cannot grow beyond them. Yields what makes
-    room there."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, hard))
+def disk(folder: Path):
+    """A disk of its own in a folder, where one may be mounted; else limits on the size of files. Yields what sets the
+    room on it, in bytes."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "none", folder]
+    if subprocess.run(mount, capture_output=True).returncode == 0:
         try:
-            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    else:
-        try:
-            yield lambda: subprocess.run(["mount", "-o", f"remount,size={100 * size}", folder], check=True)
+            yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
         finally:
             subprocess.run(["umount", folder], check=True)
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (min(size // 4, soft % 2**62), hard))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def no_room(number: int, folder: Path) -> Outcomes:
-    """A full disk, at the start or in the middle: a line names the file, what was saved is whole, and with more room
+    """A full disk, in the middle or at the start: a line names the file, what was saved is whole, and with more room
     the run goes on as if nothing had been."""
     assert run_here(folder / "undisturbed")[0] == 0
     size = script.find_checkpoints(folder_of(folder / "undisturbed"))[-1].stat().st_size
     outcomes, rng = [], random.Random(0)
     for i in range(number):
-        save_dir = folder / f"full_{i}"
+        save_dir, middle = folder / f"full_{i}", i % 2 == 0
         save_dir.mkdir()
         run_dir = folder_of(save_dir)
-        room = int(size * rng.uniform(1.2, 3.5)) if i % 2 == 0 else 4096 * (i // 2 % 3 + 1)
-        with little_room(save_dir, room) as make_room:
+        with disk(save_dir) as set_room:
+            if middle:
+                assert run_here(save_dir, "max_num_iters=1")[0] == 0
+            set_room(int(size * rng.uniform(1.2, 2.9)) if middle else 4096 * (i // 2 % 3 + 1))
             status, _, said = run_here(save_dir, "resume=auto")
             ends = one_line(said, "cannot be ", save_dir) if status == 2 else f"status {status}: {said}"
             saved = iterations_of(run_dir)
-            whole = None if saved == list(range(1, len(saved) + 1)) and len(saved) < 4 else f"left {saved}"
-            make_room()
-            status, _, said = run_here(save_dir, "resume=auto")
-            goes_on = differences(run_dir, folder_of(folder / "undisturbed")) if status == 0 else f"after that: {said}"
-        outcomes.append(first_of(ends, whole, goes_on))
+            whole = saved == list(range(1, len(saved) + 1)) and len(saved) < 4 and bool(saved) == middle
+            set_room(2**30)
+            status, out, said = run_here(save_dir, "resume=auto")
+            after = f"after that: {said}" if status else differences(run_dir, folder_of(folder / "undisturbed"))
+        outcomes.append(first_of(ends, None if whole else f"left {saved}", after, goes_on(out, saved)))
     return outcomes
 
 
@@ -350,7 +365,10 @@ def wandb_misbehaves(number: int, folder: Path) -> Outcomes:
         name = list(cases)[i % len(cases)]
         save_dir = folder / f"wandb_{i}"
         run_dir = folder_of(save_dir)
-        given = dict(HOME=str(home), NETRC="/dev/null", WANDB_MODE=None, WANDB_SILENT="false") | cases[name]
+        given = (
+            dict(HOME=str(home), NETRC="/dev/null", WANDB_MODE=None, WANDB_API_KEY=None, WANDB_SILENT="false")
+            | cases[name]
+        )
         process = start(save_dir, "max_num_iters=8", **given)
         if name == "the service dies":
             wait_for(process, lambda: num_rows(run_dir) > 2)
@@ -385,6 +403,8 @@ def read(path):
         script.read_checkpoint(path)
         return "read"
     except script.UsageError as error:
+        if isinstance(error.__context__, MemoryError):
+            return "out of memory"
         return "refused" if path in str(error) and "\\n" not in str(error) else f"not one line: {error!r}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
@@ -410,6 +430,10 @@ class _Calls:
         return self.call
 
 
+def _copies(contents: dict) -> np.ndarray:
+    return max(jax.tree.leaves(contents["model"]), key=np.size)
+
+
 def attacks(contents: dict, marker: Path) -> list[bytes]:
     """Pickles that would do something, or use up all memory."""
     return [
@@ -420,9 +444,12 @@ def attacks(contents: dict, marker: Path) -> list[bytes]:
         pickle.dumps(contents | {"model": _Calls(np.ndarray, (2**40,))}),
         pickle.dumps(contents | {"model": _Calls(bytearray, 2**40)}),
         b"\x80\x04" + b"(" * 100_000 + b"t" * 100_000 + b".",  # Deep.
-        b"\x80\x04]" + b"\x94h\x00h\x00\x86" * 40 + b".",  # Wide by sharing.
+        b"\x80\x04]\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(40)) + b".",  # Wide by sharing.
+        pickle.dumps(
+            contents | {"model": ([_copies(contents)] * 10_000, {})}
+        ),  # A file of one array, ten thousand times.
         b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".",  # A string of 2**62 bytes.
-        b"\x80\x04r\xff\xff\xff\xff.",  # A memo of 2**32 entries.
+        b"\x80\x04Nr\xff\xff\xff\x3f.",  # A memo of 2**30 entries.
         b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.",
         b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\x00\x00\x00os\x85R\x86R.",
         b"",
@@ -613,7 +640,7 @@ KINDS = {
     "not_finite": Kind(not_finite, 8, 1, "gradients that are not finite"),
     "two_runs": Kind(two_runs, 6, 1, "second run in the folder of one that lives, and after its death"),
     "wandb": Kind(wandb_misbehaves, 5, 2, "W&B without key, network or service, with a service that dies or no folder"),
-    "hostile_files": Kind(hostile_files, 514, 60, "checkpoint files mutated, or made by hand as attacks"),
+    "hostile_files": Kind(hostile_files, 515, 60, "checkpoint files mutated, or made by hand as attacks"),
     "hostile_command_lines": Kind(hostile_command_lines, 5000, 300, "generated command lines"),
     "extreme_values": Kind(extreme_values, 5, 1, "extreme but legal configurations"),
     "long_life": Kind(long_life, 200, 6, "iterations without growth of memory and compiled programs"),
@@ -624,7 +651,10 @@ def inject(kind: str) -> dict:
     """All faults of a kind: how many, how many of them survived, and what went wrong with the others."""
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = KINDS[kind].inject(KINDS[kind].number, Path(folder))
+        try:
+            outcomes = KINDS[kind].inject(KINDS[kind].number, Path(folder))
+        except Exception as error:  # The other kinds go on.
+            outcomes = [f"{type(error).__name__}: {error}"] * KINDS[kind].number
     lost = [outcome for outcome in outcomes if outcome is not None]
     counts = dict(injected=len(outcomes), survived=len(outcomes) - len(lost), lost=len(lost))
     return dict(faults=KINDS[kind].label, **counts, minutes=round((time.time() - began) / 60, 2), first_lost=lost[:3])

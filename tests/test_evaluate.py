@@ -59,7 +59,7 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
 
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
     """And a checkpoint of PPO is searched with as the other one is."""
-    words = ("policy=greedy,search,best_of_n,sample", "n=100", "num_simulations=8")
+    words = ("policy=greedy,search,best_of_n,sample", "n=50", "num_simulations=8")
     rows = run(tmp_path, search_run / "iter_000001.pkl", ppo_run, *words)["rows"]  # One that leaves room.
     for of_run in (rows[0::2], rows[1::2]):
         greedy, search, best, sample = (np.array(row["returns"]) for row in of_run)
@@ -276,8 +276,7 @@ def test_arrays_of_every_kind_come_back_as_they_were(tmp_path):
     }
     for protocol in (3, 4, 5):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(contents, protocol))
-        with open(tmp_path / "x.pkl", "rb") as file:
-            found = search_distill._PlainUnpickler(file).load()
+        found = search_distill._PlainUnpickler((tmp_path / "x.pkl").read_bytes()).load()
         for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(contents), strict=True):
             assert np.array_equal(mine, theirs) and getattr(mine, "dtype", None) == getattr(theirs, "dtype", None)
 

@@ -165,6 +165,7 @@ def test_resume_refuses_another_network(search_run, tmp_path, capsys):
     resume = f"resume={search_run / 'iter_000002.pkl'}"
     assert script.main(override(resume, "pair_units=9", f"save_dir={tmp_path}")) == 2
     assert "do not fit this configuration; type pair_units=8\n" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_starting_over_an_earlier_run_needs_a_word(search_run, capsys):
@@ -180,7 +181,9 @@ def test_overwrite_starts_again(search_run, tmp_path):
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
     shutil.copytree(search_run, run_dir)
     (run_dir / "iter_000099.pkl").write_bytes(b"old")
+    (run_dir / ".iter_000098.pkl.tmp").write_bytes(b"half")
     run(tmp_path, "overwrite=true")
+    assert not list(run_dir.glob(".*.tmp"))
     assert [path.name for path in script.find_checkpoints(run_dir)] == [f"iter_{i:06d}.pkl" for i in (1, 2, 3, 4)]
     assert [row["iteration"] for row in log_of(run_dir)] == [0, 1, 2, 3, 4]
 
@@ -230,7 +233,7 @@ def test_a_write_without_room_leaves_the_earlier_checkpoint(tmp_path):
     script.write_checkpoint(path, {"a": 1})
     with files_up_to(10_000), pytest.raises(OSError):
         script.write_checkpoint(path, {"a": np.zeros(10_000)})
-    assert script._PlainUnpickler(path.open("rb")).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    assert script._PlainUnpickler(path.read_bytes()).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_ctrl_c_and_sigterm_ask_once_and_then_end_the_process(capfd):

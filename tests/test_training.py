@@ -111,6 +111,24 @@ def test_the_gradient_in_parts_is_that_of_the_whole(network, config, model, play
     np.testing.assert_allclose(flat_vector(found), flat_vector(expected), rtol=1e-2, atol=1e-4)
 
 
+def test_an_update_that_is_not_finite_is_not_applied_and_the_next_one_is(env, network, config):
+    state = script.init_train_state(env, network, config)
+    params, opt_state = state.params, state.opt_state
+    gradient = jnp.ones(sum(x.size for x in jax.tree.leaves(params)))
+    step = jax.jit(functools.partial(script.apply_gradients, config, rate=jnp.float32(0.1)))
+    for count, (loss, grads) in enumerate(
+        [(jnp.nan, gradient), (0.0, gradient.at[3].set(jnp.inf)), (jnp.inf, gradient)]
+    ):
+        params, opt_state = step(params, opt_state, jnp.float32(loss), grads)
+        assert (flat_vector(params) == flat_vector(state.params)).all()
+        skipped = script.skip_metrics(state.opt_state, opt_state)
+        assert skipped["train/skipped_updates"] == skipped["skipped_in_a_row"] == count + 1
+    params, opt_state = step(params, opt_state, jnp.float32(0.0), gradient)
+    np.testing.assert_allclose(flat_vector(params), flat_vector(state.params) - 0.1, atol=1e-4)  # Adam's first step.
+    skipped = script.skip_metrics(state.opt_state, opt_state)
+    assert skipped["train/skipped_updates"] == 3 and skipped["skipped_in_a_row"] == 0
+
+
 def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(model, apply, played):
     observations = played[1]
     wild = script.Model(jax.tree.map(lambda x: 10.0 * x, model.params), model.state)
