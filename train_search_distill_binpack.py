@@ -1372,6 +1372,14 @@ class _PlainUnpickler(pickle._Unpickler):
     def load(self) -> Any:
         return self._plain(super().load())
 
+    def _load_bytearray(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        if size > self._bytes_left:
+            raise pickle.UnpicklingError("it has bytes without end")
+        self.append(bytearray(self.read(size)))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+
     def _plain(self, x: Any) -> Any:
         """The same with arrays in the place of stand-ins. Sharing is undone, so entries and bytes are counted."""
         self._entries -= 1

@@ -249,7 +249,7 @@ def disk(folder: Path):
 def no_room(number: int, folder: Path) -> Outcomes:
     """A full disk, in the middle or at the start: a line names the file, what was saved is whole, and with more room
     the run goes on as if nothing had been."""
-    assert run_here(folder / "undisturbed")[0] == 0
+    assert run_here(folder / "undisturbed", "eval_interval=1")[0] == 0
     size = script.find_checkpoints(folder_of(folder / "undisturbed"))[-1].stat().st_size
     outcomes, rng = [], random.Random(0)
     for i in range(number):
@@ -258,14 +258,14 @@ def no_room(number: int, folder: Path) -> Outcomes:
         run_dir = folder_of(save_dir)
         with disk(save_dir) as set_room:
             if middle:
-                assert run_here(save_dir, "max_num_iters=1")[0] == 0
+                assert run_here(save_dir, "eval_interval=1", "max_num_iters=1")[0] == 0
             set_room(int(size * rng.uniform(1.2, 2.9)) if middle else 4096 * (i // 2 % 3 + 1))
-            status, _, said = run_here(save_dir, "resume=auto")
+            status, _, said = run_here(save_dir, "eval_interval=1", "resume=auto")
             ends = one_line(said, "cannot be ", save_dir) if status == 2 else f"status {status}: {said}"
             saved = iterations_of(run_dir)
             whole = saved == list(range(1, len(saved) + 1)) and len(saved) < 4 and bool(saved) == middle
             set_room(2**30)
-            status, out, said = run_here(save_dir, "resume=auto")
+            status, out, said = run_here(save_dir, "eval_interval=1", "resume=auto")
             after = f"after that: {said}" if status else differences(run_dir, folder_of(folder / "undisturbed"))
         outcomes.append(first_of(ends, None if whole else f"left {saved}", after, goes_on(out, saved)))
     return outcomes
