@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -671,23 +671,19 @@ def main(argv: list[str]) -> int:
         device=f"CPU, {platform.machine()}, {os.cpu_count()} cores",
         versions=script.library_versions(),
     )
-    began = time.time()
+    kinds, lost = argv or list(KINDS), 0
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        kinds = argv or list(KINDS)
-        for kind, found in zip(kinds, pool.map(inject, kinds), strict=True):
+        running = {pool.submit(inject, kind): kind for kind in kinds}
+        for done in as_completed(running):  # Each is kept as soon as it is known.
+            kind, found = running[done], done.result()
+            lost += found["lost"]
+            counts = f"{kind:22} {found['survived']:5} of {found['injected']:5}"
+            print(counts, *found["first_lost"], sep="\n    ", flush=True)
             result["kinds"][kind] = found | stamp
-            print(
-                f"{kind:22} {found['survived']:5} of {found['injected']:5}",
-                *found["first_lost"],
-                sep="\n    ",
-                flush=True,
-            )
-    result["kinds"] = {kind: result["kinds"][kind] for kind in KINDS if kind in result["kinds"]}
-    result |= dict(command="python tests/measure_reliability.py")
-    if not argv:
-        result |= dict(minutes=round((time.time() - began) / 60, 1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(result["kinds"][kind]["lost"] for kind in kinds))
+            ordered = {kind: result["kinds"][kind] for kind in KINDS if kind in result["kinds"]}
+            result |= dict(command="python tests/measure_reliability.py", kinds=ordered)
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    return int(lost > 0)
 
 
 if __name__ == "__main__":
