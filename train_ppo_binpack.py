@@ -1462,7 +1462,7 @@ def newest_sound(checkpoints: list[Path], env_id: str) -> dict:
 def prepare_run(config: RunConfig) -> dict | None:
     """Applies `resume` and `overwrite`: returns the checkpoint to continue from, None for a fresh start.
 
-    Raises `UsageError` if files of an earlier run are in the way. Writes nothing: `take_folder` does."""
+    Raises `UsageError` if files of an earlier run are in the way. Makes and deletes nothing: `take_folder` does."""
     run_dir = config.run_dir()
     with using(config):
         if (run_dir / ".lock").exists() and os.access(run_dir, os.W_OK):
