@@ -562,13 +562,12 @@ def hostile_command_lines(number: int, folder: Path) -> Outcomes:
 EXTREME = [
     ("num_simulations=1", "max_num_considered_actions=1", "search_width=1", "rollout_batch_size=1", "num_epochs=1",
      "training_batch_size=7", "transformer_num_heads=1", "transformer_key_size=1", "pair_units=1",
-     "transformer_mlp_units=[1]", "eval_batch_size=2", "gumbel_scale=0",
-     "leaf_value=completion"),
+     "transformer_mlp_units=[1]", "eval_batch_size=2", "gumbel_scale=0"),
     ("token_sizes=[[1,1],[40,20]]", "transformer_mlp_units=[8,8,8]", "permute_axes=false", "training_batch_size=31"),
     ("search_width=800", "max_num_considered_actions=800", "rescale_values=true", "eval_num_simulations=1",
      "discount=0.01"),
-    ("num_transformer_layers=3", "training_batch_size=152", "rollout_batch_size=8", "value_loss_weight=0",
-     "max_grad_norm=1e-6"),
+    ("leaf_value=completion", "num_transformer_layers=3", "training_batch_size=152",
+     "rollout_batch_size=8", "value_loss_weight=0", "max_grad_norm=1e-6"),
     ("value_scale=1e6", "maxvisit_init=0", "num_epochs=9", "gumbel_scale=100"),
 ]  # fmt: skip
 
@@ -639,7 +638,7 @@ KINDS = {
     "read_only": Kind(read_only, 6, 1, "folder read-only from the middle or the start on"),
     "not_finite": Kind(not_finite, 8, 1, "gradients that are not finite"),
     "two_runs": Kind(two_runs, 6, 1, "second run in the folder of one that lives, and after its death"),
-    "wandb": Kind(wandb_misbehaves, 5, 2, "W&B without key, network or service, with a service that dies or no folder"),
+    "wandb": Kind(wandb_misbehaves, 5, 1, "W&B without key, network or service, with a service that dies or no folder"),
     "hostile_files": Kind(hostile_files, 515, 60, "checkpoint files mutated, or made by hand as attacks"),
     "hostile_command_lines": Kind(hostile_command_lines, 5000, 300, "generated command lines"),
     "extreme_values": Kind(extreme_values, 5, 1, "extreme but legal configurations"),

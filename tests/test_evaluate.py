@@ -59,13 +59,18 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
 
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
     """And a checkpoint of PPO is searched with as the other one is."""
-    words = ("policy=greedy,search,best_of_n,sample", "n=50", "num_simulations=8")
-    rows = run(tmp_path, search_run / "iter_000001.pkl", ppo_run, *words)["rows"]  # One that leaves room.
-    for of_run in (rows[0::2], rows[1::2]):
-        greedy, search, best, sample = (np.array(row["returns"]) for row in of_run)
-        assert (search >= greedy).all() and (best >= greedy).all() and (best >= sample).all()
-        assert search.mean() > greedy.mean() and best.mean() > greedy.mean() and (sample != greedy).any()
+    early = search_run / "iter_000001.pkl"  # It leaves room.
+    rows = run(tmp_path, early, ppo_run, "policy=greedy,search", "num_simulations=8")["rows"]
+    for greedy, search in (rows[0::2], rows[1::2]):
+        greedy, search = np.array(greedy["returns"]), np.array(search["returns"])
+        assert (search >= greedy).all() and search.mean() > greedy.mean()
     assert rows[2]["search"] == rows[3]["search"] and rows[2]["returns"] != rows[3]["returns"]
+    greedy = np.array(rows[0]["returns"])
+    rows = run(tmp_path, early, "policy=best_of_n,sample", "n=50")["rows"]
+    best, sample = (np.array(row["returns"]) for row in rows)
+    assert (
+        (sample != greedy).any() and (best >= greedy).all() and (best >= sample).all() and best.mean() > greedy.mean()
+    )
 
 
 def rule(observation) -> tuple[int, int]:
