@@ -704,7 +704,8 @@ class Model(NamedTuple):
 def make_network(config: RunConfig) -> hk.TransformedWithState:
     """The network as Haiku functions: init(key, observation) -> (params, state), and
     apply(params, state, None, observation, size) -> ((logits, value), state), with the largest size as default."""
-    return hk.transform_with_state(lambda observation, *size: PackingNetwork(config)(observation, *size))
+    network = hk.transform_with_state(lambda observation, *size: PackingNetwork(config)(observation, *size))
+    return network._replace(apply=jax.jit(network.apply, static_argnums=4))  # Traced once for all of a program's uses.
 
 
 def index_of_smallest_size(sizes: tuple, observation: Observation) -> jax.Array:

@@ -148,19 +148,19 @@ def first_of(*outcomes: str | None) -> str | None:
 def killed(number: int, folder: Path, iterations: int = 5) -> Outcomes:
     """SIGKILL: every other one while a checkpoint is being written, the rest at a random moment."""
     words = (f"max_num_iters={iterations}", "eval_interval=3")
-    began, undisturbed = time.time(), folder / "undisturbed"
-    start(undisturbed, *words).communicate()
-    seconds = time.time() - began
-    outcomes, rng, halves = [], random.Random(0), 0
+    undisturbed = folder / "undisturbed"
+    assert run_here(undisturbed, *words)[0] == 0
+    outcomes, rng, halves, seconds = [], random.Random(0), 0, 0.0
     while len(outcomes) < number:
         save_dir = folder / "killed"
         run_dir = folder_of(save_dir)
-        process = start(save_dir, *words)
+        began, process = time.time(), start(save_dir, *words)
         if len(outcomes) % 2:
-            time.sleep(seconds * rng.random())
+            time.sleep(seconds * rng.random())  # Of the longest life so far.
         else:
             temporary = run_dir / f".iter_{rng.randrange(iterations) + 1:06d}.pkl.tmp"
             wait_for(process, temporary.exists, pause=0)
+        seconds = max(seconds, time.time() - began)
         process.kill()
         process.communicate()
         if process.returncode == -signal.SIGKILL:  # Else it had come to its end.

@@ -15,8 +15,8 @@ import train_search_distill_binpack as script
 
 def test_every_field_of_state_and_timestep_equals_jumanji():
     """The quick form of measure_environment.py, which plays heuristic and searched episodes as well."""
-    result = compare_episodes("random", 64, seed=100)
-    assert result["steps"] > 64 * 10 and result["overflow_states"] >= 50
+    result = compare_episodes("random", 32, seed=100)
+    assert result["steps"] > 32 * 10 and result["overflow_states"] >= 25
     assert result["differing_fields"] == []
 
 

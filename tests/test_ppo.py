@@ -184,7 +184,7 @@ def test_targets_and_the_loss_of_an_iteration_that_learns_nothing(env, network, 
 
 def test_learning_raises_the_return_and_explains_the_value(ppo_words, tmp_path):
     assert (
-        ppo.main([*ppo_words("max_num_iters=30", "eval_interval=30", "save_interval=30"), f"save_dir={tmp_path}"]) == 0
+        ppo.main([*ppo_words("max_num_iters=20", "eval_interval=20", "save_interval=20"), f"save_dir={tmp_path}"]) == 0
     )
     rows = [json.loads(line) for line in (tmp_path / "BinPack-v2" / "ppo" / "seed_0" / "metrics.jsonl").open()]
     first, last = (np.mean([row["rollout/avg_return"] for row in part]) for part in (rows[1:11], rows[-10:]))

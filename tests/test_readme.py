@@ -21,10 +21,7 @@ import evaluate
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
-FULL = (
-    "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0"
-    " token_sizes=[[40,20]]"  # Several of them run in test_reliability.py.
-).split()
+FULL = ("rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0").split()
 ROOT = Path(__file__).parent.parent
 RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()

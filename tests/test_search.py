@@ -69,6 +69,7 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     count = np.asarray(observations.action_mask).sum((-2, -1))
     states, observations = rows(played, (count > 0) & (count <= 40))  # Interior nodes then stay within K as well.
     assert len(observations.ems_mask) >= 1000
+    states, observations = jax.tree.map(lambda x: x[:1000], (states, observations))
     policy = script.make_search_policy(env, network, config, 8, 0.0)
     action, decision = act_on(policy, model, states, observations)
     weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
@@ -98,7 +99,7 @@ def test_search_finds_the_optimum_of_small_endgames(env, network, config, model,
     count = np.asarray(observations.action_mask).sum((-2, -1))
     items = np.asarray(observations.action_mask).any(-2).sum(-1)
     states, observations = rows(played, (count >= 2) & (count <= 6) & (items == 2))
-    states, observations = jax.tree.map(lambda x: x[:24], (states, observations))
+    states, observations = jax.tree.map(lambda x: x[:16], (states, observations))
     policy = script.make_search_policy(env, network, config, 128, 0.0)
     actions, _ = act_on(policy, model, states, observations)
     step = jax.jit(functools.partial(script.step_flat, env))
