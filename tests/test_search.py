@@ -74,13 +74,19 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     action, decision = act_on(policy, model, states, observations)
     weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
     np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
-    reference = jax.jit(functools.partial(full_width_search, env, network, config, model, num_simulations=8))
-    expected_action, expected_weights = map(np.asarray, reference(states, observations))
-    same = np.asarray(action) == expected_action
-    ranked = np.sort(expected_weights, -1)
-    tied = ranked[:, -1] - ranked[:, -2] < 1e-4
-    assert (same | tied).all() and same.mean() > 0.95
-    np.testing.assert_allclose(weights[same], expected_weights[same], atol=1e-4)
+    reference = jax.jit(functools.partial(full_width_search, env, network, config, num_simulations=8))
+    expected = tuple(map(np.asarray, reference(model, states, observations)))
+
+    def differs(action, weights) -> np.ndarray:
+        return (np.asarray(action) != expected[0]) | (np.abs(np.asarray(weights) - expected[1]) > 1e-4).any(-1)
+
+    ranked = np.sort(expected[1], -1)
+    tied = ranked[:, -1] - ranked[:, -2] < 1e-4  # And what noise of the size of rounding changes.
+    for seed in range(3):
+        noise = np.random.default_rng(seed)
+        other = jax.tree.map(lambda x: x * (1 + 1e-6 * noise.normal(size=x.shape)).astype(x.dtype), model)  # noqa: B023
+        tied |= differs(*reference(other, states, observations))
+    assert tied.mean() < 0.1 and not (differs(action, weights) & ~tied).any()
 
 
 def best_return(step, state, observation) -> float:
