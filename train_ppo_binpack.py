@@ -1814,6 +1814,8 @@ def train(config: RunConfig, preset: str) -> int:
             f"{key}={old}" for key, (old, _) in changed.items() if "transformer" in key or key == "pair_units"
         ]
         hint = " ".join(["type", *of_network]) if of_network else "give another one"
+        if not checkpoint["opt_state"]:
+            hint = "it is for evaluation, without the optimizer's state; give one that a run saved"
         params, net_state, opt_state = restore_leaves((state.params, state.net_state, state.opt_state), saved, hint)
         state = TrainState(params, net_state, opt_state, state.key, jnp.int32(checkpoint["iteration"]))
         frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
