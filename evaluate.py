@@ -170,14 +170,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         expected = jax.eval_shape(
             lambda key: network.init(key, env.reset(key)[1].observation), jax.ShapeDtypeStruct((2,), np.uint32)
         )
-        search_distill.restore_leaves(expected, jax.tree.leaves((params, state)), "")
-        if jax.tree.structure(expected) != jax.tree.structure((params, state)):
-            raise ValueError("other names of parameters")
+        search_distill.check_fit(expected, (params, state), "")
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should be', 'expected')}"
         raise UsageError(f"{path}: its configuration is not one of this version ({reason})") from None
-    except (UsageError, TypeError, ValueError) as error:
+    except (UsageError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
         raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
     return Checkpoint(path.absolute(), contents["method"], contents["iteration"], config, params, state)
@@ -602,7 +600,13 @@ def main(argv: list[str]) -> int:
         return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"error: {error}; make room, or give another file", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: a device has not enough memory; type a smaller num_simulations or n", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     )
     # Evaluation, log and files.
     eval_interval: Count = Field(20, description="iterations between evaluations of the greedy policy")
-    eval_batch_size: Annotated[int, Field(ge=2)] = Field(1024, description="evaluation instances")
+    eval_batch_size: Annotated[int, Field(ge=2, le=10**7)] = Field(1024, description="evaluation instances")
     eval_seed: Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
     save_dir: Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: Count = Field(20, description="iterations between checkpoints; the last iteration is always saved")
@@ -1386,7 +1386,13 @@ def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | N
             f"{path}: expected format_version={FORMAT_VERSION}, got {version}; give a checkpoint that"
             " this version wrote, or use the version that wrote this one"
         )
-    if any(type(contents.get(key)) is not kind for key, kind in CONTENTS.items()) or len(contents["model"]) != 2:
+    fits = all(type(contents.get(key)) is kind for key, kind in CONTENTS.items())
+    try:
+        fits = fits and len(contents["model"]) == 2 and 0 <= contents["iteration"] < 2**31
+        json.dumps(contents.get("config"))
+    except (TypeError, ValueError, RecursionError):  # Not what a configuration is made of.
+        fits = False
+    if not fits:
         raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
     for key, expected in (("method", method), ("env_id", env_id)):
         found = contents["method"] if key == "method" else contents["config"].get("env_id")
@@ -1439,10 +1445,13 @@ def lock_folder(run_dir: Path) -> None:
         ) from None
     except OSError as error:
         print(f"{run_dir} cannot be locked here ({error.strerror}): start no second run in it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}")
-    file.flush()
     _held_locks.append(file)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
 
 
 def unlock_folder() -> None:
@@ -1457,7 +1466,13 @@ def newest_sound(checkpoints: list[Path], env_id: str) -> dict:
             return read_checkpoint(path, METHOD, env_id)
         except DamagedFile as error:
             print(f"Skipped {str(error).rpartition(';')[0]}")
-    return read_checkpoint(checkpoints[0], METHOD, env_id)
+    try:
+        return read_checkpoint(checkpoints[0], METHOD, env_id)
+    except DamagedFile as error:
+        found = str(error).rpartition(";")[0]
+        raise UsageError(
+            f"{found}, and no other is sound; type overwrite=true (without resume) to start again"
+        ) from None
 
 
 def prepare_run(config: RunConfig) -> dict | None:
@@ -1511,18 +1526,20 @@ def using(config: RunConfig):
     try:
         yield
     except OSError as error:
-        raise UsageError(f"save_dir={config.save_dir}: cannot be used ({error}); choose another save_dir") from None
+        raise UsageError(
+            f"save_dir={config.save_dir}: cannot be used ({error}); make room, or choose another save_dir"
+        ) from None
 
 
-def restore_leaves(template: Any, leaves: list, hint: str) -> Any:
-    """Puts saved leaves into the tree of `template`; refuses another number of leaves, shape or type."""
-    expected, tree = jax.tree.flatten(template)
-    same = len(expected) == len(leaves) and all(
-        a.shape == np.shape(b) and a.dtype == getattr(b, "dtype", None) for a, b in zip(expected, leaves)
-    )
+def check_fit(template: Any, saved: Any, hint: str) -> None:
+    """Raises `UsageError` unless `saved` is a tree of arrays with the names, shapes and types of `template`."""
+    describe = lambda tree: jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", None))), tree)
+    try:
+        same = describe(saved) == describe(template)
+    except (TypeError, ValueError):  # Names that do not compare, lists that are no arrays.
+        same = False
     if not same:
         raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
-    return jax.tree.unflatten(tree, leaves)
 
 
 def library_versions() -> dict[str, str]:
@@ -1808,15 +1825,16 @@ def train(config: RunConfig, preset: str) -> int:
             for key, value in config.model_dump(mode="json").items()
             if checkpoint["config"].get(key) != value and key not in NOT_OF_THE_RESULT
         }
-        params, net_state = checkpoint["model"]
-        saved = [*jax.tree.leaves((params, net_state)), *checkpoint["opt_state"]]
+        (params, net_state), opt_leaves = checkpoint["model"], checkpoint["opt_state"]
         of_network = [
             f"{key}={old}" for key, (old, _) in changed.items() if "transformer" in key or key == "pair_units"
         ]
         hint = " ".join(["type", *of_network]) if of_network else "give another one"
-        if not checkpoint["opt_state"]:
+        if not opt_leaves:
             hint = "it is for evaluation, without the optimizer's state; give one that a run saved"
-        params, net_state, opt_state = restore_leaves((state.params, state.net_state, state.opt_state), saved, hint)
+        expected, opt_tree = jax.tree.flatten(state.opt_state)
+        check_fit((state.params, state.net_state, expected), (params, net_state, opt_leaves), hint)
+        opt_state = jax.tree.unflatten(opt_tree, opt_leaves)
         state = TrainState(params, net_state, opt_state, state.key, jnp.int32(checkpoint["iteration"]))
         frames, seconds_before, wandb_id = checkpoint["frames"], checkpoint["seconds"], checkpoint["wandb_id"]
         if checkpoint["iteration"] >= config.max_num_iters:
@@ -1898,6 +1916,8 @@ def train(config: RunConfig, preset: str) -> int:
     stopped = in_any_process(stop.made)
     in_a_row, save_due = 0, False  # None is saved while updates are left out.
     try:
+        if iteration and not (run_dir / f"iter_{iteration:06d}.pkl").exists():
+            save()  # A branch: resume=auto continues it from now on.
         if iteration == 0 and not stopped:
             log.record({"iteration": 0, "frames": 0, "hours": 0.0} | evaluation_metrics())
         while iteration < config.max_num_iters and not stopped:

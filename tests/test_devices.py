@@ -1,4 +1,4 @@
-"""A run is the same on 1, 2 and 4 devices and in two processes: whole runs, against those of the other tests."""
+"""A run is the same on 1 and 4 devices and in two processes: whole runs, against those of the other tests."""
 
 import json
 import os

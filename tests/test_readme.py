@@ -15,13 +15,12 @@ import jax
 import nbclient
 import nbformat
 import pytest
-from conftest import SMALL_WORDS
 
 import evaluate
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
-FULL = ("rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0").split()
+FEW = "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
 RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()
@@ -37,15 +36,6 @@ def commands(name: str = r"train_\w+") -> list[str]:
     lines = [line for line in lines if not line.startswith("srun")]  # test_devices.py has the several processes.
     calls = [re.search(rf"(?:^|\s)(?:\S*/)?python ({name}\.py[^#&|]*)", line) for line in lines]
     return list(dict.fromkeys(call.group(1).strip() for call in calls if call))
-
-
-def small(name: str, words: list[str]) -> list[str]:
-    """The overrides that make a command small: of keys that the script has and the command does not give itself."""
-    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words}
-    config = ppo.Config if name == "train_ppo_binpack.py" else script.Config
-    keys = set(config.model_fields) - given
-    full = not words and name == "train_search_distill_binpack.py"  # Keeps the full network and search.
-    return [word for word in (FULL if full else SMALL_WORDS) if word.partition("=")[0] in keys]
 
 
 def test_the_readme_has_the_commands_that_users_need():
@@ -66,17 +56,18 @@ def test_command_is_understood(command):
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command in RUN])
-def test_command_runs_as_written(command, search_run, tmp_path):  # That run has compiled what these need.
-    """The others differ from them, or from runs of other tests, in values."""
+def test_command_runs_as_written(command, tmp_path):
+    """For one iteration of few episodes, with the network and the search that it names. The other commands differ from
+    these, or from runs of other tests, in values."""
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    command = [sys.executable, name, *words, *small(name, words)]
+    command = [sys.executable, name, *words, *FEW]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     path = max(tmp_path.glob("*/BinPack-v2/*/seed_*/iter_*.pkl"))
-    assert path.name == ("iter_000001.pkl" if full else "iter_000004.pkl")
+    assert path.name == "iter_000001.pkl"
     layers = [x for x in jax.tree.leaves(script.read_checkpoint(path)["model"][0]) if x.ndim == 3]
     assert len(layers) > 5 and {len(x) for x in layers} == {4 if full else 1}
     assert not full or all((x[0] != x[1]).any() for x in layers)

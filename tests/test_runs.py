@@ -82,6 +82,15 @@ def test_resume_from_a_path_continues_in_another_folder_only(search_run, tmp_pat
     assert branch["wandb_id"] != origin["wandb_id"]
 
 
+def test_a_branch_that_is_stopped_at_once_goes_on_with_resume_auto(search_run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "in_any_process", lambda flag: True)
+        words = override(f"resume={search_run / 'iter_000002.pkl'}", f"save_dir={tmp_path}")
+        assert script.main(words) == 0 and "Stopped at iteration 2;" in capsys.readouterr().out
+    run_dir = run(tmp_path, "resume=auto")
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
+
+
 def test_resuming_a_complete_run_says_so_and_changes_nothing(search_run, capsys):
     before = contents_of(search_run)
     assert script.main(override("resume=auto", f"save_dir={search_run.parents[2]}")) == 0
@@ -140,7 +149,18 @@ class Attack:
         return self.function, self.arguments
 
 
-@pytest.mark.parametrize("kind", ["shell", "numpy", "truncated", "text", "newer", "other method", "list", "bare"])
+FALSE = {  # Plain contents of the right types that no run has written.
+    "array in config": {"config": {"env_id": np.zeros(2)}},
+    "other array in config": {"config": {"env_id": "BinPack-v2", "seed": np.zeros(2)}},
+    "iteration": {"iteration": 10**12},
+    "optimizer": {"opt_state": [[[1], [1, 2]]]},
+    "keys": {"model": ({1: np.zeros(1), "a": np.zeros(1)}, {})},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["shell", "numpy", "truncated", "text", "newer", "other method", "list", "bare", *FALSE]
+)
 def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_run, tmp_path, capsys):
     good, path, marker = search_run / "iter_000004.pkl", tmp_path / "bad.pkl", tmp_path / "marker"
     contents = load(good)
@@ -152,12 +172,13 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_
         "newer": lambda: pickle.dumps(contents | {"format_version": 99}),
         "other method": lambda: pickle.dumps(contents | {"method": "ppo"}),
         "list": lambda: pickle.dumps([1, 2]),
+        **{name: lambda: pickle.dumps(contents | FALSE[kind]) for name in FALSE},
         "bare": lambda: pickle.dumps({key: contents[key] for key in ("format_version", "method", "config")}),
     }[kind]()
     path.write_bytes(data)
     assert script.main(override(f"resume={path}", f"save_dir={tmp_path / 'save'}")) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and str(path) in err
+    assert err.count("\n") == 1 and (str(path) in err or "do not fit this configuration" in err)
     assert not list(tmp_path.glob("marker*")) and not (tmp_path / "save").exists()
 
 

@@ -353,7 +353,8 @@ def make_state(config: Config) -> script.TrainState:
     if config.checkpoint:
         checkpoint = script.read_checkpoint(config.checkpoint, script.METHOD, config.env_id)
         hint = "give the same network keys"
-        params = script.restore_leaves(state.params, jax.tree.leaves(checkpoint["model"][0]), hint)
+        params, _ = checkpoint["model"]
+        script.check_fit(state.params, params, hint)
         state = state._replace(params=params)
     return script.replicate(state)
 

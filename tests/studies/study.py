@@ -1,0 +1,331 @@
+"""What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
+
+    python tests/studies/study.py            # about 2 hours on 2 cores; goes on where it was stopped
+    python tests/studies/study.py table      # only makes the table, from the results that there are
+
+A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
+nobody would set. Each plays `ITERATIONS` iterations, with the learning rate decaying as late: equal decisions. One
+whose iteration costs notably more or less than the base's plays again, as many iterations as the base has time for:
+equal wall-clock. Every core makes runs of its own, so that their times compare.
+
+Results: `tests/studies/cpu_preset.json` and `tests/studies/README.md`. The runs themselves stay in `checkpoints/study`.
+"""
+
+import json
+import os
+import platform
+import queue
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from collect_results import mean_and_error  # noqa: E402
+
+HERE, RUNS = Path(__file__).parent, ROOT / "checkpoints" / "study"
+SCRIPT = ROOT / "train_search_distill_binpack.py"
+RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
+ITERATIONS = 30
+SEEDS = (0, 1, 2)
+SAME_COST = (0.85, 1.15)  # Times the base's.
+
+
+class Variant(NamedTuple):
+    question: str
+    name: str
+    words: tuple[str, ...] = ()
+    lines: tuple[tuple[str, str], ...] = ()  # (old, new) in the training script; each old text occurs once.
+
+
+VISITED_ONLY = (
+    (
+        "        output = jax.tree.map(lambda x: x[0], output)\n",
+        """        output = jax.tree.map(lambda x: x[0], output)
+        visits = output.search_tree.children_visits[0]
+        seen = jnp.where(visits > 0, output.action_weights, 0.0)
+        output = output.replace(action_weights=seen / jnp.maximum(seen.sum(), 1e-9))
+""",
+    ),
+)
+CHOSEN_ACTION = (
+    (
+        "Decision(root.actions, output.action_weights, prior), following",
+        "Decision(root.actions, jax.nn.one_hot(output.action, len(root.actions)), prior), following",
+    ),
+)
+
+
+def value_target(share: float) -> tuple[tuple[str, str], ...]:
+    """The value learns a mixture of the return and of the root's value after search."""
+    return (
+        (
+            "    prior: jax.Array  # [K], log-probabilities of the network\n",
+            "    prior: jax.Array\n    value: jax.Array\n",
+        ),
+        (
+            "Decision(root.actions, output.action_weights, prior), following",
+            "Decision(root.actions, output.action_weights, prior, tree.node_values[0]), following",
+        ),
+        (
+            "        discounted_returns(trajectory.reward, discount),\n",
+            f"        {1 - share} * discounted_returns(trajectory.reward, discount)"
+            f" + {share} * trajectory.decision.value,\n",
+        ),
+    )
+
+
+def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
+    """Minibatches from the rows of the last iterations together, as many of them as before."""
+    return (
+        ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    rows: Any = None\n"),
+        (
+            "        order_key, permutation_key = jax.random.split(shuffle_key)\n        rows = minibatch_rows("
+            "order_key, gathered.mask, config)  # [S, M]\n",
+            """        order_key, permutation_key = jax.random.split(shuffle_key)
+        gathered = jax.tree.map(lambda old, new: jnp.concatenate([old[len(new):], new]), state.rows, gathered)
+        replayed = gathered
+        order = jnp.argsort(jnp.where(gathered.mask, jax.random.uniform(order_key, gathered.mask.shape), 2.0))
+        slots = jnp.arange(config.num_epochs * steps_per_epoch(config) * config.training_batch_size)
+        rows = order[slots % gathered.mask.sum()].reshape(-1, config.training_batch_size)
+""",
+        ),
+        (
+            "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
+            "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, replayed),"
+            " metrics\n",
+        ),
+        (
+            "    state = replicate(state)\n    iterate = ",
+            f"""    _, first = env.reset(state.key)
+    count, width = {num_iterations} * config.rollout_batch_size * MAX_DECISIONS, config.search_width
+    blank = lambda x: jnp.zeros((count, *x.shape), x.dtype)
+    empty = Samples(jax.tree.map(blank, first.observation), *map(blank, (jnp.zeros(width, jnp.int32), jnp.zeros(width),
+                    jnp.float32(0.0), jnp.bool_(False))))
+    state = replicate(state._replace(rows=empty))
+    iterate = """,
+        ),
+    )
+
+
+AVERAGED = (
+    ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    average: Any = None\n"),
+    (
+        "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
+        """        average = jax.tree.map(lambda old, new: old + 0.2 * (new - old), state.average, params)
+        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, average), metrics
+""",
+    ),
+    ("    state = replicate(state)\n", "    state = replicate(state._replace(average=state.params))\n"),
+    (
+        "evaluate(Model(state.params, state.net_state), iteration)",
+        "evaluate(Model(state.average, state.net_state), iteration)",
+    ),
+)
+SIX_VIEWS = (
+    (
+        "        logits, _ = predict(model, observation)\n        return argmax(logits), None, memory\n",
+        """        views = [permute_axes(observation, jnp.int32(i)) for i in range(6)]
+        logits = sum(jax.nn.log_softmax(predict(model, view)[0]) for view in views)
+        return argmax(logits), None, memory
+""",
+    ),
+)
+UNFILLED_ONLY = (("        trajectory.mask,\n", "        trajectory.mask & ~trajectory.solved[:, None],\n"),)
+FREE_VALUE = (("return logits, open_volume * fraction", "return logits, fraction"),)
+
+VARIANTS = [
+    Variant("", "base"),
+    Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
+    Variant("scale of Q", "rescaled, 1", ("rescale_values=true", "value_scale=1")),
+    Variant("scale of Q", "value_scale=1", ("value_scale=1",)),
+    Variant("scale of Q", "value_scale=100", ("value_scale=100",)),
+    Variant("scale of Q", "maxvisit_init=10", ("maxvisit_init=10",)),
+    Variant("simulations and considered actions", "2 and 2", ("num_simulations=2", "max_num_considered_actions=2")),
+    Variant("simulations and considered actions", "4 and 2", ("max_num_considered_actions=2",)),
+    Variant("simulations and considered actions", "8 and 8", ("num_simulations=8", "max_num_considered_actions=8")),
+    Variant("leaf values", "value head, 4 simulations", ("leaf_value=network",)),
+    Variant(
+        "leaf values", "value head, 32 simulations, 16 considered actions",
+        ("leaf_value=network", "num_simulations=32", "max_num_considered_actions=16"),
+    ),
+    Variant("target of the value", "searched value of the root", (), value_target(1.0)),
+    Variant("target of the value", "half of each", (), value_target(0.5)),
+    Variant("target of the policy", "weights of visited actions only", (), VISITED_ONLY),
+    Variant("target of the policy", "the action taken", (), CHOSEN_ACTION),
+    Variant("use of samples", "1 epoch", ("num_epochs=1",)),
+    Variant("use of samples", "8 epochs", ("num_epochs=8",)),
+    Variant("use of samples", "rows of the last 4 iterations", (), replay(4)),
+    Variant("learning rate", "2e-3", ("learning_rate=2e-3",)),
+    Variant("learning rate", "8e-3", ("learning_rate=8e-3",)),
+    Variant("learning rate", "constant", ("learning_rate_decay_iters=0",)),
+    Variant("learning rate", "constant, averaged parameters", ("learning_rate_decay_iters=0",), AVERAGED),
+    Variant("learning rate", "averaged parameters", (), AVERAGED),
+    Variant("symmetry", "not used", ("permute_axes=false",)),
+    Variant("symmetry", "six views averaged at evaluation", (), SIX_VIEWS),
+    Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
+    Variant("Gumbel noise", "twice", ("gumbel_scale=2",)),
+    Variant("episodes", "filled containers discarded", (), UNFILLED_ONLY),
+    Variant("value", "not bounded by the open volume", (), FREE_VALUE),
+    Variant("network", "width 64, MLP of 128", ("transformer_key_size=16", "transformer_mlp_units=[128]")),
+    Variant("network", "two layers", ("num_transformer_layers=2",)),
+    Variant("network", "pair_units=64", ("pair_units=64",)),
+]  # fmt: skip
+
+
+def folder_of(variant: Variant) -> Path:
+    return RUNS / "_".join("".join(x if x.isalnum() else " " for x in f"{variant.question} {variant.name}").split())
+
+
+def text_of(variant: Variant) -> str:
+    """The training script with the variant's lines."""
+    text = SCRIPT.read_text()
+    for old, new in variant.lines:
+        if text.count(old) != 1:
+            raise ValueError(f"{variant.name}: expected once in {SCRIPT.name}, got {text.count(old)} times:\n{old}")
+        text = text.replace(old, new)
+    return text
+
+
+def script_of(variant: Variant) -> Path:
+    """The training script, or a copy of it with the variant's lines."""
+    if not variant.lines:
+        return SCRIPT
+    folder_of(variant).mkdir(parents=True, exist_ok=True)
+    path = folder_of(variant) / SCRIPT.name
+    path.write_text(text_of(variant))
+    return path
+
+
+def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
+    """One run on a core, or the result of an earlier one: its last evaluation, what its search reached while it
+    collected, and the seconds of an iteration."""
+    folder = folder_of(variant) / f"{iterations}_iterations"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / f"seed_{seed}.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    words = {
+        "preset": "cpu", "seed": seed, "max_num_iters": iterations, "learning_rate_decay_iters": iterations,
+        "eval_interval": iterations, "eval_num_simulations": 0, "save_interval": iterations, "save_dir": folder,
+        "overwrite": "true",
+    }  # fmt: skip
+    words |= dict(word.split("=", 1) for word in variant.words)
+    command = [sys.executable, str(script_of(variant)), *(f"{key}={value}" for key, value in words.items())]
+    with open(folder / f"seed_{seed}.log", "w") as log:
+        environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
+        on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
+        status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
+    if status:
+        raise RuntimeError(f"{variant.name}, seed {seed}: status {status}, see {log.name}")
+    (path,) = folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = dict(
+        seed=seed,
+        iterations=iterations,
+        decisions=rows[-1]["frames"],
+        seconds=statistics.mean(row["perf/iteration_seconds"] for row in rows[2:]),  # The first one compiles.
+        search=statistics.mean(row["rollout/avg_return"] for row in rows[-5:]),
+        greedy=rows[-1]["eval/greedy/avg_return"],
+        filled=rows[-1]["eval/greedy/solved_rate"],
+    )
+    result.write_text(json.dumps(found))
+    print(f"{variant.question:36} {variant.name:40} {iterations:4} {seed} {found['greedy']:.4f}", flush=True)
+    return found
+
+
+def run_all(pairs: list[tuple[Variant, int]]) -> list[list[dict]]:
+    """Three seeds of each (variant, iterations), one after the other on one core."""
+    cores = queue.SimpleQueue()
+    for core in os.sched_getaffinity(0):
+        cores.put(core)
+
+    def seeds_of(pair: tuple[Variant, int]) -> list[dict]:
+        core = cores.get()
+        try:
+            return [run(pair[0], seed, pair[1], core) for seed in SEEDS]
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        return list(pool.map(seeds_of, pairs))
+
+
+def seconds_of(runs: list[dict]) -> float:
+    return statistics.mean(run["seconds"] for run in runs)
+
+
+def measure() -> dict:
+    for variant in VARIANTS:  # A line that does not fit is found before the first run.
+        script_of(variant)
+    runs = run_all([(variant, ITERATIONS) for variant in VARIANTS])
+    costs = [seconds_of(of_variant) / seconds_of(runs[0]) for of_variant in runs]
+    again = [i for i, cost in enumerate(costs) if not SAME_COST[0] < cost < SAME_COST[1]]
+    equal_time = dict(zip(again, run_all([(VARIANTS[i], max(round(ITERATIONS / costs[i]), 2)) for i in again])))
+    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return dict(
+        command="python tests/studies/study.py",
+        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        device=f"one core of a CPU ({platform.machine()}) for each run",
+        variants=[
+            dict(
+                question=variant.question, name=variant.name, words=variant.words, lines=variant.lines, runs=runs[i],
+                equal_time=equal_time.get(i),
+            )
+            for i, variant in enumerate(VARIANTS)
+        ],
+    )  # fmt: skip
+
+
+def percent(values: list[float]) -> str:
+    return "{:.2f} ± {:.2f}".format(*mean_and_error([100 * x for x in values]))
+
+
+def table(results: dict) -> str:
+    """One line a variant: means over seeds, and paired differences from the base with their standard errors."""
+    base = results["variants"][0]["runs"]
+    difference = lambda runs: percent([a["greedy"] - b["greedy"] for a, b in zip(runs, base, strict=True)])  # noqa: E731
+    lines = [
+        "# What each choice of `preset=cpu` is worth",
+        "",
+        f"`{results['command']}`, commit {results['commit'][:12]}, {results['device']}. {base[0]['iterations']}"
+        " iterations of 64 episodes with the learning rate decaying as late, seeds"
+        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. Utilisation of the network alone in %,"
+        " ± the standard error over seeds; differences are those of runs with the same seed: at equal decisions and,"
+        " where an iteration's cost is another, at equal wall-clock as well (as many iterations as the base's time"
+        " allows). The search's is that of its own play in the last five iterations, noise included.",
+        "",
+        "| question | instead | network alone | difference | at equal time | filled | search | cost of an iteration |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in results["variants"]:
+        runs, again = variant["runs"], variant["equal_time"]
+        cells = [
+            variant["question"],
+            variant["name"],
+            percent([x["greedy"] for x in runs]),
+            "" if runs is base else difference(runs),
+            f"{difference(again)} ({again[0]['iterations']})" if again else "",
+            f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
+            f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
+            f"{seconds_of(runs) / seconds_of(base):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["table"]):
+        print(f"error: expected nothing or table, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    if not argv:
+        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    TABLE.write_text(table(json.loads(RESULTS.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
