@@ -684,7 +684,7 @@ def main(argv: list[str]) -> int:
             print(counts, *found["first_lost"], sep="\n    ", flush=True)
             result["kinds"][kind] = found | stamp
             ordered = {kind: result["kinds"][kind] for kind in KINDS if kind in result["kinds"]}
-            result |= dict(command="python tests/measure_reliability.py", kinds=ordered)
+            result = dict(command="python tests/measure_reliability.py", kinds=ordered)
             RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return int(lost > 0)
 
