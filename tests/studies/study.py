@@ -59,6 +59,22 @@ CHOSEN_ACTION = (
 )
 
 
+def network_plays(share: float) -> tuple[tuple[str, str], ...]:
+    """A share of the decisions is the network's favourite of the visited actions, so that the search teaches in states
+    that the network comes to (Ross et al. 2011, 'A reduction of imitation learning'); the targets are the same."""
+    return (
+        (
+            "        output = jax.tree.map(lambda x: x[0], output)\n",
+            f"""        output = jax.tree.map(lambda x: x[0], output)
+        visits = output.search_tree.children_visits[0]
+        favourite = argmax(jnp.where(visits > 0, root.logits, MASKED)).astype(output.action.dtype)
+        is_its_turn = jax.random.uniform(jax.random.fold_in(key, 1)) < {share}
+        output = output.replace(action=jnp.where(is_its_turn, favourite, output.action))
+""",
+        ),
+    )
+
+
 def value_target(share: float) -> tuple[tuple[str, str], ...]:
     """The value learns a mixture of the return and of the root's value after search."""
     return (
@@ -139,6 +155,8 @@ FREE_VALUE = (("return logits, open_volume * fraction", "return logits, fraction
 
 VARIANTS = [
     Variant("", "base"),
+    Variant("who plays", "the network's favourite, half of the time", (), network_plays(0.5)),
+    Variant("who plays", "the network's favourite, always", (), network_plays(1.0)),
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
     Variant("scale of Q", "rescaled, 1", ("rescale_values=true", "value_scale=1")),
     Variant("scale of Q", "value_scale=1", ("value_scale=1",)),
