@@ -1861,7 +1861,7 @@ def train(config: RunConfig, preset: str) -> int:
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
     evaluate = make_evaluate(env, network, config)
     start = saved_at = time.perf_counter()
-    saved_iteration, start_iteration = iteration, iteration
+    saved_iteration = iteration
 
     def evaluation_metrics() -> dict[str, float]:
         metrics = {}
@@ -1905,8 +1905,6 @@ def train(config: RunConfig, preset: str) -> int:
     def give_up(metrics: dict[str, float]) -> None:
         name = next((key for key, value in metrics.items() if not math.isfinite(value)), "the loss")
         saved = run_dir / f"iter_{saved_iteration:06d}.pkl" if saved_iteration else "none"
-        if saved_iteration == start_iteration and config.resume not in ("", "auto"):
-            saved = config.resume
         raise UsageError(
             f"iteration {iteration}: {name} is not finite, and {in_a_row} updates in a row were left out; the last"
             f" checkpoint before that is {saved}; type a smaller learning_rate, and"
