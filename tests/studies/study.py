@@ -59,20 +59,17 @@ CHOSEN_ACTION = (
 )
 
 
-def network_plays(share: float) -> tuple[tuple[str, str], ...]:
-    """A share of the decisions is the network's favourite of the visited actions, so that the search teaches in states
-    that the network comes to (Ross et al. 2011, 'A reduction of imitation learning'); the targets are the same."""
-    return (
-        (
-            "        output = jax.tree.map(lambda x: x[0], output)\n",
-            f"""        output = jax.tree.map(lambda x: x[0], output)
+# The search teaches in states that the network comes to (Ross et al. 2011, 'A reduction of imitation learning').
+NETWORK_PLAYS = (
+    (
+        "        output = jax.tree.map(lambda x: x[0], output)\n",
+        """        output = jax.tree.map(lambda x: x[0], output)
         visits = output.search_tree.children_visits[0]
         favourite = argmax(jnp.where(visits > 0, root.logits, MASKED)).astype(output.action.dtype)
-        is_its_turn = jax.random.uniform(jax.random.fold_in(key, 1)) < {share}
-        output = output.replace(action=jnp.where(is_its_turn, favourite, output.action))
+        output = output.replace(action=favourite)
 """,
-        ),
-    )
+    ),
+)
 
 
 def value_target(share: float) -> tuple[tuple[str, str], ...]:
@@ -150,15 +147,44 @@ SIX_VIEWS = (
 """,
     ),
 )
-UNFILLED_ONLY = (("        trajectory.mask,\n", "        trajectory.mask & ~trajectory.solved[:, None],\n"),)
+
+
+def hard_instances(share: float) -> tuple[tuple[str, str], ...]:
+    """Of four times the instances that are needed, all played by the network first, a share of the searched ones are
+    such that it did not fill."""
+    return (
+        (
+            "        keys = local_keys(collect_key, config.rollout_batch_size // jax.device_count())\n",
+            f"""        count = config.rollout_batch_size // jax.device_count()
+        tried = local_keys(collect_key, 4 * count)
+        play = make_rollout(env, make_greedy_policy(network, config))
+        filled = play(Model(state.params, state.net_state), tried).solved
+        easy = count - int(count * {share})
+        keys = jnp.concatenate([tried[:easy], tried[easy:][jnp.argsort(filled[easy:])][: count - easy]])
+""",
+        ),
+    )
+
+
+def moved_rows(least: float) -> tuple[tuple[str, str], ...]:
+    """Only decisions whose search moved the policy, by its divergence from the prior, are learnt from."""
+    return (
+        (
+            "        samples = make_samples(trajectory, config.discount)\n",
+            f"""        found = trajectory.decision
+        kl = cross_entropy(found.weights, found.prior)
+        kl -= cross_entropy(found.weights, jnp.log(jnp.maximum(found.weights, 1e-30)))
+        samples = make_samples(trajectory._replace(mask=trajectory.mask & (kl > {least})), config.discount)
+""",
+        ),
+    )
+
+
 FREE_VALUE = (("return logits, open_volume * fraction", "return logits, fraction"),)
 
 VARIANTS = [
     Variant("", "base"),
-    Variant("who plays", "the network's favourite, half of the time", (), network_plays(0.5)),
-    Variant("who plays", "the network's favourite, always", (), network_plays(1.0)),
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
-    Variant("scale of Q", "rescaled, 1", ("rescale_values=true", "value_scale=1")),
     Variant("scale of Q", "value_scale=1", ("value_scale=1",)),
     Variant("scale of Q", "value_scale=100", ("value_scale=100",)),
     Variant("scale of Q", "maxvisit_init=10", ("maxvisit_init=10",)),
@@ -177,6 +203,7 @@ VARIANTS = [
     Variant("use of samples", "1 epoch", ("num_epochs=1",)),
     Variant("use of samples", "8 epochs", ("num_epochs=8",)),
     Variant("use of samples", "rows of the last 4 iterations", (), replay(4)),
+    Variant("use of samples", "2 epochs, of what moved the policy", ("num_epochs=2",), moved_rows(0.01)),
     Variant("learning rate", "2e-3", ("learning_rate=2e-3",)),
     Variant("learning rate", "8e-3", ("learning_rate=8e-3",)),
     Variant("learning rate", "constant", ("learning_rate_decay_iters=0",)),
@@ -186,7 +213,9 @@ VARIANTS = [
     Variant("symmetry", "six views averaged at evaluation", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
     Variant("Gumbel noise", "twice", ("gumbel_scale=2",)),
-    Variant("episodes", "filled containers discarded", (), UNFILLED_ONLY),
+    Variant("instances", "half of them such that the network fails", (), hard_instances(0.5)),
+    Variant("instances", "all of them such, as far as four times as many hold them", (), hard_instances(1.0)),
+    Variant("who plays", "the network's favourite of the visited actions", (), NETWORK_PLAYS),
     Variant("value", "not bounded by the open volume", (), FREE_VALUE),
     Variant("network", "width 64, MLP of 128", ("transformer_key_size=16", "transformer_mlp_units=[128]")),
     Variant("network", "two layers", ("num_transformer_layers=2",)),
