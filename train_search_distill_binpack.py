@@ -205,6 +205,11 @@ class Config(RunConfig):
     value_scale: Positive = Field(1.0, description="scale of Q in the search's policy improvement")
     maxvisit_init: NotNegative = Field(50.0, description="visits added to the largest visit count in the scale of Q")
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
+    min_target_kl: NotNegative = Field(
+        0.0,
+        description="only decisions whose target diverges this much from the policy (KL, nats) are learnt from, each as"
+        " often as fills the minibatches",
+    )
     value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
     eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
     eval_search_interval: CountOrZero = Field(
@@ -218,16 +223,17 @@ class Config(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=250,
+        max_num_iters=300,
         rollout_batch_size=64,
         num_simulations=4,
         leaf_value="completion",
         max_num_considered_actions=4,
-        value_scale=10.0,
+        value_scale=0.5,
+        min_target_kl=0.01,
         training_batch_size=256,
-        num_epochs=4,
+        num_epochs=2,
         learning_rate=4e-3,
-        learning_rate_decay_iters=250,
+        learning_rate_decay_iters=300,
         num_transformer_layers=1,
         transformer_num_heads=4,
         transformer_key_size=8,
@@ -948,6 +954,7 @@ class Samples(NamedTuple):
     weights: jax.Array  # [..., K], policy target
     returns: jax.Array  # [...], value target
     mask: jax.Array  # bool [...]
+    target_kl: jax.Array  # [...], KL divergence of the policy target from the network's policy, nats
 
 
 def discounted_returns(reward: jax.Array, discount: float) -> jax.Array:
@@ -963,12 +970,14 @@ def discounted_returns(reward: jax.Array, discount: float) -> jax.Array:
 
 def make_samples(trajectory: Trajectory, discount: float) -> Samples:
     """Flattens episodes into rows: leaves [B * T, ...]."""
+    decision = trajectory.decision
     samples = Samples(
         trajectory.observation,
-        trajectory.decision.actions,
-        trajectory.decision.weights,
+        decision.actions,
+        decision.weights,
         discounted_returns(trajectory.reward, discount),
         trajectory.mask,
+        jnp.maximum(cross_entropy(decision.weights, decision.prior) - entropy(decision.weights), 0.0),
     )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
 
@@ -976,6 +985,20 @@ def make_samples(trajectory: Trajectory, discount: float) -> Samples:
 def cross_entropy(weights: jax.Array, log_probs: jax.Array) -> jax.Array:
     """-sum_k weights log_probs over the last axis; a weight of 0 contributes 0."""
     return -jnp.where(weights > 0, weights * log_probs, 0.0).sum(-1)
+
+
+def entropy(weights: jax.Array) -> jax.Array:
+    """Of distributions over the last axis, nats."""
+    return cross_entropy(weights, jnp.log(jnp.maximum(weights, 1e-30)))
+
+
+def taught(samples: Samples, least: float) -> Samples:
+    """The rows of all devices, with a mask of those that are learnt from: whose target_kl is at least that much, and
+    all real ones if that is none. Where the search agrees with the network there is nothing to learn, and of a good
+    network's decisions that is most. This is prioritized replay (Schaul et al. 2016, 'Prioritized experience replay',
+    section 3) with a threshold."""
+    moved = samples.mask & (samples.target_kl >= least)
+    return samples._replace(mask=jnp.where(moved.any(), moved, samples.mask))
 
 
 def make_loss(network: hk.TransformedWithState, config: Config):
@@ -1153,6 +1176,7 @@ def make_train_iteration(
         samples = make_samples(trajectory, config.discount)
 
         gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples)
+        gathered = taught(gathered, config.min_target_kl)
         order_key, permutation_key = jax.random.split(shuffle_key)
         rows = minibatch_rows(order_key, gathered.mask, config)  # [S, M]
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
@@ -1160,12 +1184,10 @@ def make_train_iteration(
         step = functools.partial(minibatch_step, net_state=state.net_state, samples=gathered, rate=rate)
         (params, opt_state), train = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
 
-        mask, decision = trajectory.mask, trajectory.decision
-        decisions = psum(mask.sum())
-        entropy = cross_entropy(decision.weights, jnp.log(jnp.maximum(decision.weights, 1e-30)))
-        kl = cross_entropy(decision.weights, decision.prior) - entropy
-        metrics = {"train/target_entropy": entropy, "train/target_kl": kl}
-        metrics = {name: psum(jnp.where(mask, x, 0.0).sum()) / decisions for name, x in metrics.items()}
+        decisions = psum(samples.mask.sum())
+        metrics = {"train/target_entropy": entropy(samples.weights), "train/target_kl": samples.target_kl}
+        metrics = {name: psum(jnp.where(samples.mask, x, 0.0).sum()) / decisions for name, x in metrics.items()}
+        metrics["train/taught_share"] = gathered.mask.sum() / decisions
         metrics |= episode_metrics(trajectory, config.rollout_batch_size)
         metrics |= {f"train/{name}": x.mean() for name, x in train.items()}
         metrics |= {"train/learning_rate": rate, "decisions": decisions}

@@ -40,6 +40,7 @@ SMALL = dict(
     max_num_considered_actions=2,
     training_batch_size=32,
     num_epochs=1,
+    min_target_kl=1e-3,
     learning_rate=1e-3,  # At larger rates rounding grows into other games, where device counts are compared.
     num_transformer_layers=1,
     transformer_num_heads=2,
@@ -53,7 +54,7 @@ SMALL = dict(
     save_interval=1,
 )
 OF_SEARCH = ("num_simulations", "leaf_value", "search_width", "max_num_considered_actions", "eval_num_simulations")
-NOT_OF_PPO = (*OF_SEARCH, "num_epochs", "learning_rate")
+NOT_OF_PPO = (*OF_SEARCH, "num_epochs", "min_target_kl", "learning_rate")
 SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
 
 

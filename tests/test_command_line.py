@@ -86,7 +86,7 @@ def test_single_keys_override_the_preset_wherever_they_stand():
         (["token_sizes=[]"], "the last one [40,20]"),
         (["token_sizes=[[true,20],[40,20]]"], "not true or false"),
         (["training_batch_size=30000"], "expected at most 19 x rollout_batch_size = 19456"),
-        (["preset=cpu", "max_num_iters=300"], "type learning_rate_decay_iters=300"),
+        (["preset=cpu", "max_num_iters=350"], "type learning_rate_decay_iters=350"),
         (["resume=auto", "overwrite=true"], "exclude each other"),
         (["--overwrit"], "did you mean 'overwrite'"),
         (["num_processes=2"], "type distributed=true coordinator_address=HOST:PORT"),

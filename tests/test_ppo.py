@@ -195,7 +195,7 @@ def test_learning_raises_the_return_and_explains_the_value(ppo_words, tmp_path):
 def test_a_run_logs_what_the_other_method_logs_and_what_is_its_own(ppo_run, search_run):
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (ppo_run, search_run))
     own = {"train/entropy", "train/approx_kl", "train/clip_fraction", "train/explained_variance"}
-    searched = {"train/target_entropy", "train/target_kl"}
+    searched = {"train/target_entropy", "train/target_kl", "train/taught_share"}
     assert mine[4].keys() - own == theirs[4].keys() - searched and own <= mine[4].keys()
     assert all(np.isfinite(value) for row in mine for value in row.values())
     assert ppo_run.parts[-3:] == ("BinPack-v2", "ppo", "seed_0")

@@ -104,10 +104,11 @@ def test_log_has_the_promised_names(search_run):
     assert all(rows[i]["frames"] < rows[i + 1]["frames"] and rows[i]["hours"] < rows[i + 1]["hours"] for i in range(4))
     promised = {
         "iteration", "frames", "hours", "rollout/avg_return", "rollout/avg_steps", "train/policy_loss",
-        "train/value_loss", "train/grad_norm", "train/target_entropy", "train/target_kl", "perf/decisions_per_second",
+        "train/value_loss", "train/grad_norm", "train/target_entropy", "train/target_kl", "train/taught_share",
+        "perf/decisions_per_second",
         "eval/greedy/avg_return", "eval/greedy/avg_return_se", "eval/greedy/solved_rate", "eval/greedy/packed_items",
     }  # fmt: skip
-    assert promised <= rows[4].keys()
+    assert promised <= rows[4].keys() and 0 < rows[4]["train/taught_share"] < 1
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert rows[4]["frames"] - rows[3]["frames"] == round(rows[4]["rollout/avg_steps"] * 8)
 

@@ -21,7 +21,8 @@ def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
     weights = rng.random(actions.shape).astype(np.float32) * np.take_along_axis(legal, actions, -1)
     weights /= weights.sum(-1, keepdims=True)
     returns = rng.random(len(actions)).astype(np.float32)
-    return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), script.is_decision(flat))
+    mask, kl = script.is_decision(flat), jnp.array(rng.random(len(actions)), jnp.float32)
+    return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), mask, kl)
 
 
 def loss_and_gradient(network, config, model, samples, size=script.LARGEST_SIZE):
@@ -158,6 +159,30 @@ def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
     few[[3, 50, 99]] = True
     rows = np.asarray(script.minibatch_rows(jax.random.PRNGKey(0), jnp.array(few), config))
     assert set(rows.ravel()) == {3, 50, 99} and np.bincount(rows[:9].ravel())[[3, 50, 99]].tolist() == [48, 48, 48]
+
+
+def test_only_decisions_that_the_search_moved_are_learnt_from(trajectory, played):
+    """Of real rows those whose target diverges from the prior; where there are none, all real rows."""
+    samples = make_rows(played[1], 0, 60)
+    mask, kl = np.asarray(samples.mask), np.asarray(samples.target_kl)
+    assert 0 < (mask & (kl < 0.5)).sum() < mask.sum() < 60
+    assert (np.asarray(script.taught(samples, 0.5).mask) == (mask & (kl >= 0.5))).all()
+    for least in (0.0, 2.0):
+        assert (np.asarray(script.taught(samples, least).mask) == mask).all()
+
+    rng = np.random.default_rng(0)
+    weights, prior = (rng.dirichlet(np.ones(5), trajectory.mask.shape).astype(np.float32) for _ in range(2))
+    weights[..., 3] = 0.0
+    weights /= weights.sum(-1, keepdims=True)
+    prior[0], weights[0, :, 4] = weights[0], 0.0
+    weights[0] = prior[0] = weights[0] / weights[0].sum(-1, keepdims=True)
+    actions = jnp.zeros(weights.shape, jnp.int32)
+    decision = script.Decision(actions, jnp.array(weights), jnp.log(jnp.maximum(prior, 1e-30)))
+    found = script.make_samples(trajectory._replace(decision=decision), 1.0).target_kl
+    w, p = weights.astype(np.float64), np.maximum(prior, 1e-30).astype(np.float64)
+    expected = np.where(w > 0, w * (np.log(np.where(w > 0, w, 1.0)) - np.log(p)), 0.0).sum(-1)
+    np.testing.assert_allclose(found, expected.ravel(), rtol=1e-4, atol=1e-6)
+    assert (np.asarray(found) >= 0).all() and np.abs(expected[0]).max() < 1e-6
 
 
 def test_training_changes_every_parameter(env, search_run):

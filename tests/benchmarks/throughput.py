@@ -104,16 +104,16 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
 
     def iterate(state: script.TrainState) -> dict:
         samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(collect(state)))
-        real = np.flatnonzero(samples.mask)
+        taught = np.flatnonzero(script.taught(samples, config.min_target_kl).mask)
         params, opt_state = state.params, state.opt_state
         for _ in range(config.num_epochs):
-            order = np.resize(rng.permutation(real), (script.steps_per_epoch(config), config.training_batch_size))
+            order = np.resize(rng.permutation(taught), (script.steps_per_epoch(config), config.training_batch_size))
             for rows in order:
                 batch = jax.tree.map(lambda x: x[rows].reshape(devices, -1, *x.shape[1:]), samples)  # noqa: B023
                 permutations = rng.integers(0, 6, batch.mask.shape)
                 params, opt_state, metrics = learn(params, opt_state, state.net_state, batch, permutations)
         jax.block_until_ready(params)
-        return script.host_copy(metrics) | {"decisions": np.int64(len(real))}
+        return script.host_copy(metrics) | {"decisions": samples.mask.sum()}
 
     return Arm(name, iterate, config)
 
@@ -243,7 +243,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
             network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), model, observation)
         flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
-    samples = script.make_samples(trajectory, config.discount)
+    samples = script.taught(script.make_samples(trajectory, config.discount), config.min_target_kl)
     local = config.training_batch_size // devices
     rows = np.resize(np.random.default_rng(0).permutation(np.flatnonzero(samples.mask)), local)
     batch = jax.tree.map(lambda x: x[rows], samples)
