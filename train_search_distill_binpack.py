@@ -6,6 +6,7 @@ Every iteration, on the devices and inside one `pmap`:
               policy network's distribution, and the search's action is taken.
 2. target     Policy: the search's action weights. Value: the Monte-Carlo return of the episode.
 3. distil     The network is trained on both: cross-entropy plus squared error. The next search starts from there.
+              With `min_target_kl`, only on decisions that the search moved.
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
 K searched actions, D model width, H attention heads, N simulations, M minibatch.
