@@ -208,8 +208,9 @@ class Config(RunConfig):
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
     min_target_kl: NotNegative = Field(
         0.0,
-        description="only decisions whose target diverges this much from the policy (KL, nats) are learnt from, each as"
-        " often as fills the minibatches",
+        description="learn only from decisions whose target's KL divergence from the policy is at least this (nats;"
+        " from all if none is); there are as many minibatches, so these repeat; leaf_value=network wants 0, since its"
+        " value learns from all",
     )
     value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
     eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
@@ -948,7 +949,7 @@ def make_search_policy(
 
 
 class Samples(NamedTuple):
-    """Training rows. `mask` is 0 for padding, which counts in no mean and no gradient."""
+    """Training rows. Rows whose `mask` is False, padding and what `taught` leaves out, count in no gradient."""
 
     observation: Observation  # leaves [..., ...]
     actions: jax.Array  # int32 [..., K]
@@ -995,10 +996,10 @@ def entropy(weights: jax.Array) -> jax.Array:
 
 def taught(samples: Samples, least: float) -> Samples:
     """The rows of all devices, with a mask of those that are learnt from: whose target_kl is at least that much, and
-    all real ones if that is none. Where the search agrees with the network there is nothing to learn, and of a good
-    network's decisions that is most. This is prioritized replay (Schaul et al. 2016, 'Prioritized experience replay',
-    section 3) with a threshold."""
-    moved = samples.mask & (samples.target_kl >= least)
+    all real ones if that is none. Where the search agrees with a good network, which is nearly everywhere, the policy
+    has nothing to learn. KataGo's frequency of a row grows with the same divergence (its docs/KataGoMethods.md,
+    'Policy Surprise Weighting')."""
+    moved = samples.mask & ~(samples.target_kl < least)  # One that is not finite counts, and is found out.
     return samples._replace(mask=jnp.where(moved.any(), moved, samples.mask))
 
 

@@ -45,7 +45,7 @@ import train_ppo_binpack as ppo  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
 
 TIMES = ("hours", "perf/decisions_per_second", "perf/iteration_seconds")
-ENDLESS = "max_num_iters=250"  # As many as the learning rate of preset=cpu allows; a test needs a few of them.
+ENDLESS = "max_num_iters=300"  # As many as the learning rate of preset=cpu allows; a test needs a few of them.
 Outcomes = list[str | None]
 
 

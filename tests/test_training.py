@@ -169,13 +169,14 @@ def test_only_decisions_that_the_search_moved_are_learnt_from(trajectory, played
     assert (np.asarray(script.taught(samples, 0.5).mask) == (mask & (kl >= 0.5))).all()
     for least in (0.0, 2.0):
         assert (np.asarray(script.taught(samples, least).mask) == mask).all()
+    broken = samples._replace(target_kl=samples.target_kl.at[np.flatnonzero(mask & (kl < 0.5))[0]].set(jnp.nan))
+    assert script.taught(broken, 0.5).mask.sum() == (mask & (kl >= 0.5)).sum() + 1
 
     rng = np.random.default_rng(0)
     weights, prior = (rng.dirichlet(np.ones(5), trajectory.mask.shape).astype(np.float32) for _ in range(2))
     weights[..., 3] = 0.0
     weights /= weights.sum(-1, keepdims=True)
-    prior[0], weights[0, :, 4] = weights[0], 0.0
-    weights[0] = prior[0] = weights[0] / weights[0].sum(-1, keepdims=True)
+    prior[0] = weights[0]
     actions = jnp.zeros(weights.shape, jnp.int32)
     decision = script.Decision(actions, jnp.array(weights), jnp.log(jnp.maximum(prior, 1e-30)))
     found = script.make_samples(trajectory._replace(decision=decision), 1.0).target_kl
