@@ -292,7 +292,7 @@ def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Con
         return [greedy] + [(sample, (model, np.int32(number))) for number in range(config.n)]
     if name == "search":
         search = settings[checkpoint], config.num_simulations
-        return [greedy, (search_distill.make_search_policy(env, network, *search, gumbel_scale=0.0), model)]
+        return [greedy, (search_distill.make_playing_search(env, network, *search), model)]
     return [greedy]
 
 

@@ -214,6 +214,7 @@ class Config(RunConfig):
     )
     value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
     eval_num_simulations: CountOrZero = Field(32, description="simulations of the evaluation with search (0: none)")
+    eval_value_scale: NotNegative = Field(0.0, description="scale of Q in that search (0: value_scale)")
     eval_search_interval: CountOrZero = Field(
         0, description="iterations between evaluations with search (0: only after the last iteration)"
     )
@@ -241,6 +242,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         transformer_key_size=8,
         transformer_mlp_units=(64,),
         eval_interval=25,
+        eval_value_scale=10.0,
         save_interval=25,
     ),
 }
@@ -943,6 +945,14 @@ def make_search_policy(
     return Policy(start=make_node, act=act)
 
 
+def make_playing_search(env: BinPack, network: hk.TransformedWithState, config: Config, num_simulations: int) -> Policy:
+    """The search of evaluations: no noise, and `eval_value_scale`. A teacher does well to move the policy a little,
+    since what a completion reaches is the network's luck as well as the action's merit; a player takes what it saw."""
+    scale = config.eval_value_scale or config.value_scale
+    config = config.model_copy(update=dict(value_scale=scale))
+    return make_search_policy(env, network, config, num_simulations, gumbel_scale=0.0)
+
+
 # ======================================================================================================================
 # Targets and loss
 # ======================================================================================================================
@@ -1294,8 +1304,7 @@ def make_evaluate(
     """Returns evaluate(replicated model, iteration) -> the episodes of each evaluation that is due, by name."""
     keys = evaluation_keys(config.eval_seed, config.eval_batch_size)
     play_greedy = make_player(env, make_greedy_policy(network, config))
-    search = make_search_policy(env, network, config, config.eval_num_simulations or 1, gumbel_scale=0.0)
-    play_search = make_player(env, search)
+    play_search = make_player(env, make_playing_search(env, network, config, config.eval_num_simulations or 1))
 
     def evaluate(model: Model, iteration: int) -> dict[str, Episodes]:
         with_search = iteration > 0 and config.eval_num_simulations > 0

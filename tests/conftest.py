@@ -51,9 +51,11 @@ SMALL = dict(
     eval_interval=2,
     eval_batch_size=8,
     eval_num_simulations=0,
+    eval_value_scale=10.0,
     save_interval=1,
 )
-OF_SEARCH = ("num_simulations", "leaf_value", "search_width", "max_num_considered_actions", "eval_num_simulations")
+OF_SEARCH = ("num_simulations", "leaf_value", "search_width", "max_num_considered_actions", "eval_num_simulations",
+             "eval_value_scale")  # fmt: skip
 NOT_OF_PPO = (*OF_SEARCH, "num_epochs", "min_target_kl", "learning_rate")
 SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
 

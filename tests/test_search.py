@@ -1,12 +1,14 @@
 """The search: exact in compact form, right on cases with a known answer, and an improvement of the policy."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
 
+import evaluate
 import train_search_distill_binpack as script
 
 
@@ -61,6 +63,21 @@ def full_width_search(env, network, config, model, states, observations, num_sim
         gumbel_scale=0.0,
     )
     return output.action, output.action_weights
+
+
+def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
+    """In training and in evaluate.py."""
+    made = []
+    make = lambda env, network, config, n, gumbel_scale: made.append((config.value_scale, n, gumbel_scale))  # noqa: E731
+    monkeypatch.setattr(script, "make_search_policy", make)
+    for scale, expected in ((7.0, 7.0), (0.0, 0.25)):
+        config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
+        script.make_playing_search(env, network, config, 3)
+        script.make_evaluate(env, network, config)
+        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, config, {}, {})
+        evaluate.attempts("search", checkpoint, env, evaluate.Config(num_simulations=9), {checkpoint: config})
+        assert made == [(expected, n, 0.0) for n in (3, 5, 9)]
+        made.clear()
 
 
 def test_compact_search_equals_full_width_search(env, network, config, model, played):
