@@ -208,8 +208,8 @@ class Config(RunConfig):
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
     min_target_kl: NotNegative = Field(
         0.0,
-        description="learn only from decisions whose target's KL divergence from the policy is at least this (nats;"
-        " from all if none is); there are as many minibatches, so these repeat; leaf_value=network wants 0, since its"
+        description="learn only from decisions whose target's KL divergence from the policy is at least this"
+        " (nats), or the largest; there are as many minibatches, so these repeat; leaf_value=network wants 0, since its"
         " value learns from all",
     )
     value_loss_weight: NotNegative = Field(1.0, description="weight of the value's squared error in the loss")
@@ -1004,13 +1004,16 @@ def entropy(weights: jax.Array) -> jax.Array:
     return cross_entropy(weights, jnp.log(jnp.maximum(weights, 1e-30)))
 
 
-def taught(samples: Samples, least: float) -> Samples:
-    """The rows of all devices, with a mask of those that are learnt from: whose target_kl is at least that much, and
-    all real ones if that is none. Where the search agrees with a good network, which is nearly everywhere, the policy
-    has nothing to learn. KataGo's frequency of a row grows with the same divergence (its docs/KataGoMethods.md,
-    'Policy Surprise Weighting')."""
-    moved = samples.mask & ~(samples.target_kl < least)  # One that is not finite counts, and is found out.
-    return samples._replace(mask=jnp.where(moved.any(), moved, samples.mask))
+def taught(samples: Samples, config: Config) -> Samples:
+    """The rows of all devices, with a mask of those that are learnt from: whose target_kl is at least `min_target_kl`;
+    where these are few, those with the largest, an eighth of a minibatch. Where the search agrees with a good network,
+    which is nearly everywhere, the policy has nothing to learn. KataGo's frequency of a row grows with the same
+    divergence (its docs/KataGoMethods.md, 'Policy Surprise Weighting')."""
+    divergence = jnp.where(samples.mask, samples.target_kl, -jnp.inf)
+    largest, _ = jax.lax.top_k(divergence, max(config.training_batch_size // 8, 1))
+    least = jnp.minimum(config.min_target_kl, largest[-1])
+    # One that is not finite stays, to be found out.
+    return samples._replace(mask=samples.mask & ~(divergence < least))
 
 
 def make_loss(network: hk.TransformedWithState, config: Config):
@@ -1188,7 +1191,7 @@ def make_train_iteration(
         samples = make_samples(trajectory, config.discount)
 
         gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples)
-        gathered = taught(gathered, config.min_target_kl)
+        gathered = taught(gathered, config)
         order_key, permutation_key = jax.random.split(shuffle_key)
         rows = minibatch_rows(order_key, gathered.mask, config)  # [S, M]
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)

@@ -161,16 +161,24 @@ def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
     assert set(rows.ravel()) == {3, 50, 99} and np.bincount(rows[:9].ravel())[[3, 50, 99]].tolist() == [48, 48, 48]
 
 
-def test_only_decisions_that_the_search_moved_are_learnt_from(trajectory, played):
-    """Of real rows those whose target diverges from the prior; where there are none, all real rows."""
+def test_only_decisions_that_the_search_moved_are_learnt_from(config, trajectory, played):
+    """Of real rows those whose target diverges from the prior; where they are few, those where it does so most."""
     samples = make_rows(played[1], 0, 60)
     mask, kl = np.asarray(samples.mask), np.asarray(samples.target_kl)
+
+    def learnt(least, training_batch_size=32, samples=samples):
+        changes = dict(min_target_kl=least, training_batch_size=training_batch_size)
+        return np.asarray(script.taught(samples, config.model_copy(update=changes)).mask)
+
     assert 0 < (mask & (kl < 0.5)).sum() < mask.sum() < 60
-    assert (np.asarray(script.taught(samples, 0.5).mask) == (mask & (kl >= 0.5))).all()
-    for least in (0.0, 2.0):
-        assert (np.asarray(script.taught(samples, least).mask) == mask).all()
+    assert (learnt(0.5) == (mask & (kl >= 0.5))).all()
+    assert (learnt(0.0) == mask).all() and (learnt(2.0, 8 * 60) == mask).all()
+    for minibatch, at_least in ((32, 4), (1, 1)):
+        most = np.zeros_like(mask)
+        most[np.argsort(np.where(mask, -kl, 0.0))[:at_least]] = True
+        assert (learnt(2.0, minibatch) == most).all() and most.sum() == at_least
     broken = samples._replace(target_kl=samples.target_kl.at[np.flatnonzero(mask & (kl < 0.5))[0]].set(jnp.nan))
-    assert script.taught(broken, 0.5).mask.sum() == (mask & (kl >= 0.5)).sum() + 1
+    assert learnt(0.5, samples=broken).sum() == (mask & (kl >= 0.5)).sum() + 1
 
     rng = np.random.default_rng(0)
     weights, prior = (rng.dirichlet(np.ones(5), trajectory.mask.shape).astype(np.float32) for _ in range(2))

@@ -104,7 +104,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
 
     def iterate(state: script.TrainState) -> dict:
         samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(collect(state)))
-        taught = np.flatnonzero(script.taught(samples, config.min_target_kl).mask)
+        taught = np.flatnonzero(script.taught(samples, config).mask)
         params, opt_state = state.params, state.opt_state
         for _ in range(config.num_epochs):
             order = np.resize(rng.permutation(taught), (script.steps_per_epoch(config), config.training_batch_size))
@@ -243,7 +243,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
             network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), model, observation)
         flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
 
-    samples = script.taught(script.make_samples(trajectory, config.discount), config.min_target_kl)
+    samples = script.taught(script.make_samples(trajectory, config.discount), config)
     local = config.training_batch_size // devices
     rows = np.resize(np.random.default_rng(0).permutation(np.flatnonzero(samples.mask)), local)
     batch = jax.tree.map(lambda x: x[rows], samples)
