@@ -230,13 +230,8 @@ def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
 
 def test_learning_reduces_the_loss(tmp_path):
     """On a fixed seed the search's play and the network's come to pack more, and the cross-entropy falls."""
-    words = [
-        "max_num_iters=25",
-        "eval_interval=25",
-        "save_interval=25",
-        "min_target_kl=0",
-    ]  # The loss of all decisions.
-    words = override(*words, f"save_dir={tmp_path}")
+    few = ["max_num_iters=25", "eval_interval=25", "save_interval=25"]
+    words = override(*few, "value_scale=10", "min_target_kl=0", f"save_dir={tmp_path}")  # A loss over all decisions.
     assert script.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "BinPack-v2" / "nsim_2" / "seed_0" / "metrics.jsonl").open()][1:]
     first, last = (
