@@ -1,6 +1,6 @@
 """What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
 
-    python tests/studies/study.py            # about 3.5 hours on 2 cores; goes on where it was stopped
+    python tests/studies/study.py            # about 80 minutes on 2 cores; goes on where it was stopped
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
@@ -29,9 +29,9 @@ from collect_results import mean_and_error  # noqa: E402
 HERE, RUNS = Path(__file__).parent, ROOT / "checkpoints" / "study"
 SCRIPT = ROOT / "train_search_distill_binpack.py"
 RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
-ITERATIONS = 30
+ITERATIONS = 20
 SEEDS = (0, 1, 2)
-SAME_COST = (0.85, 1.15)  # Times the base's.
+SAME_COST = (0.8, 1.25)  # Times the base's.
 
 
 class Variant(NamedTuple):
@@ -149,21 +149,18 @@ SIX_VIEWS = (
 )
 
 
-def hard_instances(share: float) -> tuple[tuple[str, str], ...]:
-    """Of four times the instances that are needed, all played by the network first, a share of the searched ones are
-    such that it did not fill."""
-    return (
-        (
-            "        keys = local_keys(collect_key, config.rollout_batch_size // jax.device_count())\n",
-            f"""        count = config.rollout_batch_size // jax.device_count()
+# The network plays four times the instances that are needed, and those come first that it did not fill.
+HARD_INSTANCES = (
+    (
+        "        keys = local_keys(collect_key, config.rollout_batch_size // jax.device_count())\n",
+        """        count = config.rollout_batch_size // jax.device_count()
         tried = local_keys(collect_key, 4 * count)
         play = make_rollout(env, make_greedy_policy(network, config))
         filled = play(Model(state.params, state.net_state), tried).solved
-        easy = count - int(count * {share})
-        keys = jnp.concatenate([tried[:easy], tried[easy:][jnp.argsort(filled[easy:])][: count - easy]])
+        keys = tried[jnp.argsort(filled)][:count]
 """,
-        ),
-    )
+    ),
+)
 
 
 # Only here has the value's head a use. A decision costs about as many passes as with completions.
@@ -174,7 +171,6 @@ VARIANTS = [
     Variant("", "base"),
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
     Variant("scale of Q", "value_scale=0.1", ("value_scale=0.1",)),
-    Variant("scale of Q", "value_scale=2", ("value_scale=2",)),
     Variant("scale of Q", "value_scale=10", ("value_scale=10",)),
     Variant("scale of Q", "maxvisit_init=10", ("maxvisit_init=10",)),
     Variant("simulations and considered actions", "2 and 2", ("num_simulations=2", "max_num_considered_actions=2")),
@@ -187,26 +183,19 @@ VARIANTS = [
     Variant("target of the policy", "min_target_kl=0 (ALL)", ("min_target_kl=0",)),
     Variant("target of the policy", "ALL, weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY),
     Variant("target of the policy", "ALL, the action taken", ("min_target_kl=0",), CHOSEN_ACTION),
-    Variant("use of samples", "ALL, 4 epochs", ("min_target_kl=0", "num_epochs=4")),
     Variant("use of samples", "min_target_kl=0.1", ("min_target_kl=0.1",)),
     Variant("use of samples", "1 epoch", ("num_epochs=1",)),
     Variant("use of samples", "4 epochs", ("num_epochs=4",)),
     Variant("use of samples", "those of the last 4 iterations", (), replay(4)),
-    Variant("learning rate", "2e-3", ("learning_rate=2e-3",)),
-    Variant("learning rate", "8e-3", ("learning_rate=8e-3",)),
     Variant("learning rate", "constant", ("learning_rate_decay_iters=0",)),
     Variant("learning rate", "constant, averaged parameters", ("learning_rate_decay_iters=0",), AVERAGED),
-    Variant("learning rate", "averaged parameters", (), AVERAGED),
     Variant("symmetry", "not used", ("permute_axes=false",)),
     Variant("symmetry", "six views averaged at evaluation", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
-    Variant("Gumbel noise", "twice", ("gumbel_scale=2",)),
-    Variant("instances", "half of them such that the network fails", (), hard_instances(0.5)),
-    Variant("instances", "all of them such, as far as four times as many hold them", (), hard_instances(1.0)),
+    Variant("instances", "those that the network fails, of four times as many", (), HARD_INSTANCES),
     Variant("who plays", "the network's favourite of the visited actions", (), NETWORK_PLAYS),
     Variant("network", "width 64, MLP of 128", ("transformer_key_size=16", "transformer_mlp_units=[128]")),
     Variant("network", "two layers", ("num_transformer_layers=2",)),
-    Variant("network", "pair_units=64", ("pair_units=64",)),
 ]  # fmt: skip
 
 
