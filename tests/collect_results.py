@@ -4,6 +4,7 @@ from it and `tests/results/floors.json`, and its tables of speeds and of faults.
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
 takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
+The best run of each method becomes `checkpoints/METHOD_cpu.pkl`.
 A further folder of PPO, with fewer iterations, is for the comparison at equal decisions alone: its hours are not kept.
 Groups of a method that no folder has stay as they are; hours are compared where both methods had the same machine.
 Without arguments only the tables and the curves are made. The floors come from
@@ -28,6 +29,7 @@ FLOORS = ROOT / "tests" / "results" / "floors.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
+CHECKPOINTS = ROOT / "checkpoints"
 FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
@@ -35,7 +37,7 @@ FLOOR_LABELS = {
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
-METHODS = {"ppo": "PPO", "search_distill": "search distillation"}
+METHODS = {"search_distill": "search distillation", "ppo": "PPO"}
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -75,6 +77,19 @@ def collect(folder: Path) -> dict:
     return dict(
         command=commands.pop(), method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs
     )
+
+
+def ship(folder: Path) -> None:
+    """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it."""
+    import evaluate
+
+    def last(run_dir: Path) -> dict:
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+
+    best = max(folder.glob("seed_*"), key=lambda run_dir: last(run_dir)["eval/greedy/avg_return"])
+    contents = evaluate.search_distill.read_checkpoint(evaluate.load_checkpoint(best).path)
+    name = f"{contents['method']}_cpu.pkl"
+    evaluate.search_distill.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": []})
 
 
 def at(run: dict, key: str, value: float) -> float:
@@ -120,8 +135,21 @@ def table(results: dict, floors: dict) -> str:
             *lines,
             "",
             f"± is the standard error over seeds {seeds} (for the rules: over instances). {sentences(results)}",
+            "",
+            f"`checkpoints/` has the best run of each: {shipped(results)}.",
         ]
     )
+
+
+def shipped(results: dict) -> str:
+    """The seed and the figure of the network alone of each method's best run."""
+    groups = {group["method"]: group["runs"] for group in reversed(results["groups"])}  # The first of each method.
+    found = []
+    for method in METHODS:
+        run = max(groups[method], key=lambda run: run["last"]["eval/greedy/avg_return"])
+        figure = 100 * run["last"]["eval/greedy/avg_return"]
+        found.append(f"`{method}_cpu.pkl` (seed {run['seed']}, network alone {figure:.2f} %)")
+    return ", ".join(found)
 
 
 def sentences(results: dict) -> str:
@@ -244,6 +272,8 @@ def main(argv: list[str]) -> None:
             if group["method"] in [before["method"] for before in groups[:i]]:
                 for point in (point for run in group["runs"] for point in run["curve"]):
                     del point["hours"]
+            else:
+                ship(Path(folders[i]))
         groups = [dict(device=device, **group) for group in groups]
         methods = {group["method"] for group in groups}
         groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]

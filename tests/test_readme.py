@@ -82,8 +82,8 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
         shutil.copy(path, tmp_path)
     for run_dir, method in ((search_run, "nsim_4"), (ppo_run, "ppo")):
         shutil.copytree(run_dir, tmp_path / "checkpoints" / "BinPack-v2" / method / "seed_0")
-    runs = tmp_path / "checkpoints" / "BinPack-v2"
-    shutil.copy(runs / "nsim_4" / "seed_0" / "iter_000004.pkl", runs / "nsim_4" / "seed_0" / "iter_000300.pkl")
+    for path in ROOT.glob("checkpoints/*_cpu.pkl"):
+        shutil.copy(path, tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
