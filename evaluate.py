@@ -7,7 +7,8 @@
     python evaluate.py RUN_FOLDER... policy=[] curves=curves.png        # learning curves, seeds as bands
     python evaluate.py --help
 
-A CHECKPOINT is an iter_*.pkl or the folder of a run. In a notebook: `from evaluate import load_checkpoint`.
+A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. In a notebook:
+`from evaluate import load_checkpoint`.
 """
 
 from __future__ import annotations
@@ -540,7 +541,8 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
     run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
     curves = {run_dir: read_curve(run_dir) for run_dir in run_dirs if config.curves}
 
-    names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], 3)))
+    parts = 3 if any(c.path.name.startswith("iter_") for c in checkpoints) else 1  # iter_000300 needs its folders.
+    names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], parts)))
     settings = search_settings(checkpoints, config)
     env = search_distill.make_env()
     keys = search_distill.evaluation_keys(config.seed, config.num_episodes)

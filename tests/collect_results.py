@@ -3,10 +3,9 @@ from it and `tests/results/floors.json`, and its tables of speeds and of faults.
 
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
-takes a description of the machine and folders that hold `seed_*`; the runs of one folder differ in their seed only.
-The best run of each method becomes `checkpoints/METHOD_cpu.pkl`.
-A further folder of PPO, with fewer iterations, is for the comparison at equal decisions alone: its hours are not kept.
-Groups of a method that no folder has stay as they are; hours are compared where both methods had the same machine.
+takes a description of the machine and a folder of each method that holds `seed_*`. The best run of each becomes
+`checkpoints/METHOD_cpu.pkl`. A method that no folder has stays as it is; hours are compared where both methods had the
+same machine.
 Without arguments only the tables and the curves are made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
@@ -52,31 +51,30 @@ def collect(folder: Path) -> dict:
     sys.path.insert(0, str(ROOT))
     import evaluate
 
-    runs, commands = [], set()
+    runs = []
     for run_dir in sorted(folder.glob("seed_*")):
         checkpoint = evaluate.load_checkpoint(run_dir)
         script = evaluate.METHODS[checkpoint.method]
         config = checkpoint.config.model_dump(mode="json")
         expected = script.Config(**script.PRESETS["cpu"]).model_dump(mode="json")
-        changed = {key: value for key, value in config.items() if key not in OWN_KEYS and value != expected[key]}
-        words = "".join(f" {key}={script._as_typed(value)}" for key, value in changed.items())
-        commands.add(f"python {Path(script.__file__).name} preset=cpu{words} seed=SEED")
+        changed = [key for key, value in config.items() if key not in OWN_KEYS and value != expected[key]]
+        if changed:
+            sys.exit(f"{run_dir}: expected a run of preset=cpu, got one with other values of {', '.join(changed)}")
         row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         if row["iteration"] != config["max_num_iters"]:
             sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {row['iteration']}")
         curve = [dict(zip(CURVE, point)) for point in evaluate.read_curve(run_dir).tolist()]
         last = {key: value for key, value in row.items() if key.startswith(("eval/", "rollout/"))}
         runs.append(dict(seed=config["seed"], last=last, curve=curve))
-    if len(commands) != 1:
-        sys.exit(f"{folder}: expected seed_* that differ in their seed only, got {sorted(commands) or 'none'}")
+    if not runs:
+        sys.exit(f"{folder}: expected a folder that holds seed_*, got none")
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
-    if not commit:
-        sys.exit(f"{folder}: expected runs inside the checkout that made them, got no commit there")
+    if not commit or commit.endswith("-dirty"):
+        sys.exit(f"{folder}: expected runs inside the clean checkout that made them, got {commit or 'no commit'} there")
     versions = evaluate.search_distill.read_checkpoint(checkpoint.path)["versions"]
-    return dict(
-        command=commands.pop(), method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs
-    )
+    command = f"python {Path(script.__file__).name} preset=cpu seed=SEED"
+    return dict(command=command, method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs)
 
 
 def ship(folder: Path) -> None:
@@ -112,12 +110,10 @@ def table(results: dict, floors: dict) -> str:
     for row in floors["rows"]:
         mean, error = 100 * row["avg_return"], 100 * row["avg_return_se"]
         lines.append(
-            f"| {FLOOR_LABELS[row['policy']]} | | | {mean:.2f} ± {error:.2g} % | {100 * row['solved_rate']:.1f} % |"
+            f"| {FLOOR_LABELS[row['policy']]} | | | {mean:.2f} ± {error:.2f} % | {100 * row['solved_rate']:.1f} % |"
         )
     for group in results["groups"]:
         runs, config = group["runs"], group["config"]
-        if "hours" not in runs[0]["curve"][0]:
-            continue
         decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
         method = METHODS[group["method"]] + ("" if machine else f" ({group['device']})")
         cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
@@ -127,7 +123,7 @@ def table(results: dict, floors: dict) -> str:
                 continue
             mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
             solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
-            figures = f"{mean:.2f} ± {error:.2g} % | {solved:.1f} ± {solved_error:.2g} %"
+            figures = f"{mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} %"
             lines.append(f"| {method}, {label} | {cost} | {figures} |")
     seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
     return "\n".join(
@@ -136,60 +132,48 @@ def table(results: dict, floors: dict) -> str:
             "",
             f"± is the standard error over seeds {seeds} (for the rules: over instances). {sentences(results)}",
             "",
-            f"`checkpoints/` has the best run of each: {shipped(results)}.",
+            f"`checkpoints/` has the best run of each, {shipped(results)}:",
         ]
     )
 
 
 def shipped(results: dict) -> str:
     """The seed and the figure of the network alone of each method's best run."""
-    groups = {group["method"]: group["runs"] for group in reversed(results["groups"])}  # The first of each method.
+    groups = {group["method"]: group["runs"] for group in results["groups"]}
     found = []
     for method in METHODS:
         run = max(groups[method], key=lambda run: run["last"]["eval/greedy/avg_return"])
         figure = 100 * run["last"]["eval/greedy/avg_return"]
         found.append(f"`{method}_cpu.pkl` (seed {run['seed']}, network alone {figure:.2f} %)")
-    return ", ".join(found)
+    return " and ".join(found)
 
 
 def sentences(results: dict) -> str:
     """What the curves say of time and decisions, below the table."""
-    groups = {group["method"]: group["runs"] for group in reversed(results["groups"])}  # The first of each method.
+    groups = {group["method"]: group["runs"] for group in results["groups"]}
+    devices = {group["method"]: group["device"] for group in results["groups"]}
     search, ppo = groups["search_distill"], groups["ppo"]
-    first = lambda bar: (
-        60
-        * max(
-            next((point["hours"] for point in run["curve"] if point["utilisation"] > bar), math.inf) for run in search
-        )
-    )
-    devices = {group["method"]: group["device"] for group in reversed(results["groups"])}
-    hours = min(run["curve"][-1]["hours"] for run in search + ppo)
 
-    def both(key: str, value: float, others: list) -> str:
-        means = (mean_and_error([100 * at(run, key, value) for run in runs]) for runs in (search, others))
-        return "search distillation {:.2f} ± {:.2g} %, PPO {:.2f} ± {:.2g} %".format(
-            *(x for pair in means for x in pair)
-        )
+    def at_equal(key: str) -> str:
+        value = min(run["curve"][-1][key] for run in search + ppo)
+        means = (mean_and_error([100 * at(run, key, value) for run in runs]) for runs in (search, ppo))
+        name = f"wall-clock, {60 * value:.1f} minutes" if key == "hours" else f"decisions, {round(value, -3):,.0f}"
+        figures = "search distillation {:.2f} ± {:.2f} %, PPO {:.2f} ± {:.2f} %".format(*(x for m in means for x in m))
+        return f"at equal {name}: {figures}"
 
+    minutes = 60 * max(run["curve"][1]["hours"] for run in search)
+    least = 100 * min(run["curve"][1]["utilisation"] for run in search)
     text = (
-        "Minutes are those of collecting and learning, compilation included and evaluation not. The network of search"
-        f" distillation was past 88.5 % after {first(0.885):.1f} minutes and past 96 % after {first(0.96):.1f} with"
-        " every seed (it is evaluated every 25 iterations)."
+        "Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
+        f" from the cache), evaluation is not. At its first evaluation, after {minutes:.1f} minutes, the network of"
+        f" search distillation packs at least {least:.1f} % with every seed. The networks alone"
     )
     if devices["search_distill"] == devices["ppo"]:
-        text += (
-            f" At equal wall-clock, {60 * hours:.1f} minutes, the networks alone stand at: {both('hours', hours, ppo)}."
-        )
-    else:
-        text += " The methods were measured on different machines and commits: their minutes do not compare."
-    shorter = [group["runs"] for group in results["groups"] if group["method"] == "ppo"][1:]
-    if shorter:
-        decisions = min(run["curve"][-1]["decisions"] for run in search + shorter[0])
-        text += (
-            f" At equal decisions, {round(decisions, -3):,.0f}, with PPO's learning rate decayed by then:"
-            f" {both('decisions', decisions, shorter[0])}."
-        )
-    return text + " With search on top, the better of two episodes counts (the network's and the search's)."
+        text += f" {at_equal('hours')};"
+    return (
+        f"{text} {at_equal('decisions')} (the longer run's learning rate has not decayed by then). With search on top,"
+        " the better of two episodes counts (the network's and the search's)."
+    )
 
 
 def speed(benchmark: dict) -> str:
@@ -251,15 +235,14 @@ def draw(results: dict) -> None:
     sys.path.insert(0, str(ROOT))
     import evaluate
 
-    timed = [group for group in results["groups"] if "hours" in group["runs"][0]["curve"][0]]
-    several = len({group["device"] for group in timed}) > 1
+    several = len({group["device"] for group in results["groups"]}) > 1
     evaluate.draw_curves(
         str(CURVES),
         {
             METHODS[group["method"]] + (f", {group['device']}" if several else ""): [
                 np.array([[point[key] for key in CURVE] for point in run["curve"]]) for run in group["runs"]
             ]
-            for group in timed
+            for group in results["groups"]
         },
     )
 
@@ -267,16 +250,14 @@ def draw(results: dict) -> None:
 def main(argv: list[str]) -> None:
     if argv:
         device, *folders = argv
-        groups = [collect(Path(folder)) for folder in folders]
-        for i, group in enumerate(groups):
-            if group["method"] in [before["method"] for before in groups[:i]]:
-                for point in (point for run in group["runs"] for point in run["curve"]):
-                    del point["hours"]
-            else:
-                ship(Path(folders[i]))
-        groups = [dict(device=device, **group) for group in groups]
-        methods = {group["method"] for group in groups}
+        groups = [dict(device=device, **collect(Path(folder))) for folder in folders]
+        methods = [group["method"] for group in groups]
+        if len(set(methods)) < len(methods):
+            sys.exit(f"expected one folder of each method, got those of {', '.join(methods)}")
+        for folder in folders:
+            ship(Path(folder))
         groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]
+        groups.sort(key=lambda group: [*METHODS].index(group["method"]))
         RESULTS.write_text(json.dumps(dict(groups=groups), indent=1) + "\n")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))

@@ -74,17 +74,13 @@ def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tm
 
 
 @pytest.mark.parametrize("method", evaluate.METHODS)
-def test_shipped_checkpoints_play_as_the_table_says(method, tmp_path, capsys):
-    """Here on fewer instances, within three standard errors."""
+def test_shipped_checkpoints_are_for_evaluation_alone(method, tmp_path, capsys):
+    """What they reach, test_readme.py tests."""
     path = ROOT / "checkpoints" / f"{method}_cpu.pkl"
-    groups = json.loads((ROOT / "tests" / "results" / "cpu_preset.json").read_text())["groups"]
-    runs = next(group["runs"] for group in groups if group["method"] == method)
-    best = max(run["last"]["eval/greedy/avg_return"] for run in runs)
-    (row,) = run(tmp_path, path, "num_episodes=64")["rows"]
-    assert abs(row["avg_return"] - best) < 3 * row["avg_return_se"] < 0.05
     assert path.stat().st_size < 15e6 and search_distill.read_checkpoint(path)["opt_state"] == []
     script = evaluate.METHODS[method]
-    assert script.main(["preset=cpu", "max_num_iters=999", f"resume={path}", f"save_dir={tmp_path / 'runs'}"]) == 2
+    longer = ["max_num_iters=999", "learning_rate_decay_iters=999"]
+    assert script.main(["preset=cpu", *longer, f"resume={path}", f"save_dir={tmp_path / 'runs'}"]) == 2
     assert "without the optimizer's state; give one that a run saved" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 

@@ -80,15 +80,18 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
     """The scripts, and finished runs where the README's commands look for them; the working folder."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for run_dir, method in ((search_run, "nsim_4"), (ppo_run, "ppo")):
-        shutil.copytree(run_dir, tmp_path / "checkpoints" / "BinPack-v2" / method / "seed_0")
+    for run_dir, folder in (
+        (search_run, "BinPack-v2/nsim_4"), (ppo_run, "BinPack-v2/ppo"),
+        (search_run, "full/BinPack-v2/nsim_32"), (ppo_run, "full/BinPack-v2/ppo"),
+    ):  # fmt: skip
+        shutil.copytree(run_dir, tmp_path / "checkpoints" / folder / "seed_0")
     for path in ROOT.glob("checkpoints/*_cpu.pkl"):
         shutil.copy(path, tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_evaluation_commands_are_understood_and_the_first_runs_as_written(trained_folder):
+def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figures(trained_folder):
     """What each policy and file is, test_evaluate.py tests."""
     for command in commands("evaluate"):
         words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
@@ -99,6 +102,10 @@ def test_evaluation_commands_are_understood_and_the_first_runs_as_written(traine
     environment = os.environ | {"XLA_FLAGS": ""}  # It plays all 1,024 instances.
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
+    promised = re.findall(r"`(\w+_cpu).pkl` \(seed \d, network alone ([\d.]+) %\)", README)
+    assert len(promised) == 2
+    for line, (name, utilisation) in zip(run.stdout.splitlines()[1:], promised, strict=True):
+        assert line.split()[0] == name and abs(100 * float(line.split()[2]) - float(utilisation)) < 0.1, run.stdout
 
 
 def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder):

@@ -11,10 +11,11 @@ equal wall-clock. Every core makes runs of its own, so that their times compare.
 Results: `tests/studies/cpu_preset.json` and `tests/studies/README.md`. The runs themselves stay in `checkpoints/study`.
 """
 
+import hashlib
 import json
 import os
-import platform
 import queue
+import re
 import statistics
 import subprocess
 import sys
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from collect_results import mean_and_error  # noqa: E402
 
+import train_search_distill_binpack as script  # noqa: E402
+
 HERE, RUNS = Path(__file__).parent, ROOT / "checkpoints" / "study"
-SCRIPT = ROOT / "train_search_distill_binpack.py"
+SCRIPT = Path(script.__file__)
 RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
 ITERATIONS = 16
 SEEDS = (0, 1, 2)
@@ -39,6 +42,7 @@ class Variant(NamedTuple):
     name: str
     words: tuple[str, ...] = ()
     lines: tuple[tuple[str, str], ...] = ()  # (old, new) in the training script; each old text occurs once.
+    against: str = "base"  # Name of the variant that it differs from in one thing.
 
 
 VISITED_ONLY = (
@@ -109,7 +113,7 @@ AVERAGED = (
     ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    average: Any = None\n"),
     (
         "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
-        """        average = jax.tree.map(lambda old, new: old + 0.2 * (new - old), state.average, params)
+        """        average = jax.tree.map(lambda old, new: old + 0.5 * (new - old), state.average, params)
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, average), metrics
 """,
     ),
@@ -147,6 +151,8 @@ HARD_INSTANCES = (
 # Only here has the value's head a use. A decision costs about as many passes as with completions.
 VALUE_HEAD = ("leaf_value=network", "num_simulations=32", "max_num_considered_actions=16", "min_target_kl=0")
 
+VH, ALL, CONSTANT = "value head, 32 simulations, 16 considered actions", "every decision (min_target_kl=0)", "constant"
+
 VARIANTS = [
     Variant("", "base"),
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
@@ -154,18 +160,18 @@ VARIANTS = [
     Variant("scale of Q", "maxvisit_init=10", ("maxvisit_init=10",)),
     Variant("simulations and considered actions", "2 and 2", ("num_simulations=2", "max_num_considered_actions=2")),
     Variant("simulations and considered actions", "8 and 8", ("num_simulations=8", "max_num_considered_actions=8")),
-    Variant("leaf values", "value head (VH): 32 simulations, 16 considered actions", VALUE_HEAD),
-    Variant("target of the value", "VH, searched value of the root", VALUE_HEAD, value_target(1.0)),
-    Variant("target of the value", "VH, half of each", VALUE_HEAD, value_target(0.5)),
-    Variant("target of the policy", "min_target_kl=0 (ALL)", ("min_target_kl=0",)),
-    Variant("target of the policy", "ALL, weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY),
+    Variant("leaf values", VH, VALUE_HEAD, (), ALL),
+    Variant("target of the value", "searched value of the root", VALUE_HEAD, value_target(1.0), VH),
+    Variant("target of the value", "half searched value, half return", VALUE_HEAD, value_target(0.5), VH),
+    Variant("target of the policy", ALL, ("min_target_kl=0",)),
+    Variant("target of the policy", "weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY, ALL),
     Variant("use of samples", "1 epoch", ("num_epochs=1",)),
     Variant("use of samples", "4 epochs", ("num_epochs=4",)),
     Variant("use of samples", "those of the last 4 iterations", (), replay(4)),
-    Variant("learning rate", "constant", ("learning_rate_decay_iters=0",)),
-    Variant("learning rate", "constant, averaged parameters", ("learning_rate_decay_iters=0",), AVERAGED),
+    Variant("learning rate", CONSTANT, ("learning_rate_decay_iters=0",)),
+    Variant("learning rate", "averaged parameters", ("learning_rate_decay_iters=0",), AVERAGED, CONSTANT),
     Variant("symmetry", "not used", ("permute_axes=false",)),
-    Variant("symmetry", "six views averaged at evaluation", (), SIX_VIEWS),
+    Variant("symmetry", "six views averaged at evaluation, six passes", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
     Variant("instances", "those that the network fails, of four times as many", (), HARD_INSTANCES),
     Variant("network", "width 64, MLP of 128", ("transformer_key_size=16", "transformer_mlp_units=[128]")),
@@ -174,7 +180,10 @@ VARIANTS = [
 
 
 def folder_of(variant: Variant) -> Path:
-    return RUNS / "_".join("".join(x if x.isalnum() else " " for x in f"{variant.question} {variant.name}").split())
+    """Named after what the runs depend on, too, so that those of another version are not taken for this one's."""
+    version = hashlib.sha256(f"{text_of(variant)} {variant.words}".encode()).hexdigest()[:8]
+    name = f"{variant.question} {variant.name} {version}"
+    return RUNS / "_".join("".join(x if x.isalnum() else " " for x in name).split())
 
 
 def text_of(variant: Variant) -> str:
@@ -225,7 +234,8 @@ def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
         iterations=iterations,
         decisions=rows[-1]["frames"],
         seconds=statistics.mean(row["perf/iteration_seconds"] for row in rows[2:]),  # The first one compiles.
-        search=statistics.mean(row["rollout/avg_return"] for row in rows[-5:]),
+        search=statistics.mean(row["rollout/avg_return"] for row in rows[1:][-5:]),
+        taught=statistics.mean(row["train/taught_share"] for row in rows[1:][-5:]),
         greedy=rows[-1]["eval/greedy/avg_return"],
         filled=rows[-1]["eval/greedy/solved_rate"],
     )
@@ -255,26 +265,29 @@ def seconds_of(runs: list[dict]) -> float:
     return statistics.mean(run["seconds"] for run in runs)
 
 
+def cpu_model() -> str:
+    """As Linux names it."""
+    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+
+
 def measure() -> dict:
+    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
     runs = run_all([(variant, ITERATIONS) for variant in VARIANTS])
-    costs = [seconds_of(of_variant) / seconds_of(runs[0]) for of_variant in runs]
+    seconds = {variant.name: seconds_of(of_variant) for variant, of_variant in zip(VARIANTS, runs)}
+    costs = [seconds[variant.name] / seconds[variant.against] for variant in VARIANTS]
     again = [i for i, cost in enumerate(costs) if not SAME_COST[0] < cost < SAME_COST[1]]
     equal_time = dict(zip(again, run_all([(VARIANTS[i], max(round(ITERATIONS / costs[i]), 2)) for i in again])))
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return dict(
         command="python tests/studies/study.py",
-        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        device=f"one core of a CPU ({platform.machine()}) for each run",
+        commit=commit,
+        device=f"one core of {cpu_model()} for each run",
         variants=[
-            dict(
-                question=variant.question, name=variant.name, words=variant.words, lines=variant.lines, runs=runs[i],
-                equal_time=equal_time.get(i),
-            )
-            for i, variant in enumerate(VARIANTS)
+            dict(**variant._asdict(), runs=runs[i], equal_time=equal_time.get(i)) for i, variant in enumerate(VARIANTS)
         ],
-    )  # fmt: skip
+    )
 
 
 def percent(values: list[float]) -> str:
@@ -282,33 +295,44 @@ def percent(values: list[float]) -> str:
 
 
 def table(results: dict) -> str:
-    """One line a variant: means over seeds, and paired differences from the base with their standard errors."""
-    base = results["variants"][0]["runs"]
-    difference = lambda runs: percent([a["greedy"] - b["greedy"] for a, b in zip(runs, base, strict=True)])  # noqa: E731
+    """One line a variant: means over seeds, and paired differences with their standard errors."""
+    runs_of = {variant["name"]: variant["runs"] for variant in results["variants"]}
+    base = runs_of["base"]
+
+    def difference(runs: list[dict], others: list[dict]) -> str:
+        return percent([a["greedy"] - b["greedy"] for a, b in zip(runs, others, strict=True)])
+
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
         f"`{results['command']}`, commit {results['commit'][:12]}, {results['device']}. {base[0]['iterations']}"
         " iterations of 64 episodes with the learning rate decaying as late, seeds"
-        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. Utilisation of the network alone in %,"
-        " ± the standard error over seeds; differences are those of runs with the same seed: at equal decisions and,"
-        " where an iteration's cost is another, at equal wall-clock as well (as many iterations as the base's time"
-        " allows). The search's is that of its own play in the last five iterations, noise included, on the instances"
-        " that it got. What begins with VH or ALL compares with the row that introduces it.",
+        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances: what tells early; the preset's"
+        f" {script.PRESETS['cpu']['max_num_iters']} iterations may rank close ones otherwise.",
         "",
-        "| question | instead | network alone | difference | at equal time | filled | search | cost of an iteration |",
-        "|---|---|---|---|---|---|---|---|",
+        "Utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs with the"
+        " same seed, from the row named under 'against': at equal decisions and, where an iteration costs less than"
+        f" {SAME_COST[0]} or more than {SAME_COST[1]} of that row's, at equal wall-clock as well (in brackets the"
+        " iterations that its time allows). With three seeds, a difference is more than chance at the 5 % level from"
+        " 4.3 standard errors on. Search: what it reached itself while it collected, in the last five iterations, noise"
+        " included. Learnt: share of those iterations' decisions that the network learnt from. Cost: time of an"
+        " iteration, next to that of the base.",
+        "",
+        "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in results["variants"]:
-        runs, again = variant["runs"], variant["equal_time"]
+        runs, again, others = variant["runs"], variant["equal_time"], runs_of[variant["against"]]
         cells = [
             variant["question"],
             variant["name"],
             percent([x["greedy"] for x in runs]),
-            "" if runs is base else difference(runs),
-            f"{difference(again)} ({again[0]['iterations']})" if again else "",
+            "" if runs is base else variant["against"],
+            "" if runs is base else difference(runs, others),
+            f"{difference(again, others)} ({again[0]['iterations']})" if again else "",
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
+            f"{100 * statistics.mean(x['taught'] for x in runs):.0f}",
             f"{seconds_of(runs) / seconds_of(base):.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
