@@ -213,11 +213,11 @@ class Config(RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "cpu": dict(
-        max_num_iters=850,
+        max_num_iters=700,
         rollout_batch_size=64,
         training_batch_size=256,
         learning_rate=8e-3,
-        learning_rate_decay_iters=850,
+        learning_rate_decay_iters=700,
         gae_lambda=0.9,
         entropy_coef=0.003,
         num_transformer_layers=1,
