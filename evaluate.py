@@ -474,6 +474,7 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
     """Greedy utilisation against decisions and against hours: for each group of runs their mean, with a band from the
     lowest to the highest."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for ax, column, label in zip(axes, (0, 1), ("decisions", "hours of collecting and learning")):
@@ -487,6 +488,8 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
         ax.set(xlabel=label)
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="utilisation, network alone", xscale="log")
+    axes[0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:,.0f}"))
+    axes[0].xaxis.set(minor_formatter=NullFormatter())
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)

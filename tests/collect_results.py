@@ -161,8 +161,8 @@ def sentences(results: dict) -> str:
         figures = "search distillation {:.2f} ± {:.2f} %, PPO {:.2f} ± {:.2f} %".format(*(x for m in means for x in m))
         return f"at equal {name}: {figures}"
 
-    minutes = 60 * max(run["curve"][1]["hours"] for run in search)
-    least = 100 * min(run["curve"][1]["utilisation"] for run in search)
+    minutes = 60 * max(run["curve"][0]["hours"] for run in search)
+    least = 100 * min(run["curve"][0]["utilisation"] for run in search)
     text = (
         "Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
         f" from the cache), evaluation is not. At its first evaluation, after {minutes:.1f} minutes, the network of"
