@@ -66,7 +66,7 @@ def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tm
         assert (search >= greedy).all() and search.mean() > greedy.mean()
     assert rows[2]["search"] == rows[3]["search"] and rows[2]["returns"] != rows[3]["returns"]
     greedy = np.array(rows[0]["returns"])
-    rows = run(tmp_path, early, "policy=best_of_n,sample", "n=20")["rows"]
+    rows = run(tmp_path, early, "policy=best_of_n,sample", "n=8")["rows"]
     best, sample = (np.array(row["returns"]) for row in rows)
     assert (
         (sample != greedy).any() and (best >= greedy).all() and (best >= sample).all() and best.mean() > greedy.mean()
