@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib") < "0.11" else ""
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"binpack-tests-cache-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # Lowering writes less.
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
 
 import jax

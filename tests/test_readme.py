@@ -62,7 +62,7 @@ def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    command = [sys.executable, name, *words, *FEW]
+    command = [sys.executable, name, *words, *FEW, *([] if full else ["token_sizes=[[40,20]]"])]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
