@@ -187,7 +187,7 @@ def speed(benchmark: dict) -> str:
     sentences = [
         f"Where an iteration of {whole:.1f} s goes, each timed by itself: the search's network passes",
         f"{share('network')}, environment steps {share('environment')}, gradient steps {share('gradient_steps')}; its",
-        f"trees and the rest are what is missing from 100 %, {share('tree_and_rest')}, within the error of such a sum.",
+        f"trees and the rest are what is missing from 100 %, {share('tree_and_rest')}, errors of the others included.",
         f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix products, one",
         f"on each device; {100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the",
         f"environment takes {environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
@@ -207,8 +207,9 @@ def reliability(found: dict) -> str:
     for row in found["kinds"].values():
         lines.append(f"| {row['faults']} | {row['injected']:,} | {row['survived']:,} | {row['lost']:,} |")
     device = ", ".join(sorted({row["device"] for row in found["kinds"].values()}))
-    minutes = sum(row["minutes"] for row in found["kinds"].values())
-    return "\n".join([*lines, "", f"{device}; {minutes:.0f} minutes of one process, half of that for two."])
+    minutes = [row["minutes"] for row in found["kinds"].values()]
+    of_two = max(sum(minutes) / 2, *minutes)
+    return "\n".join([*lines, "", f"{device}; {of_two:.0f} minutes of two processes at least."])
 
 
 def tables() -> dict[str, str]:
