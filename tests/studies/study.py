@@ -5,8 +5,8 @@
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
 nobody would set. Each plays `ITERATIONS` iterations, with the learning rate decaying as late: equal decisions. One
-whose iteration costs notably more or less than the base's plays again, as many iterations as the base has time for:
-equal wall-clock. Every core makes runs of its own, so that their times compare.
+that is better than what it is compared with but costs notably more, or worse and costs less, plays again for as many
+iterations as the other has time for: equal wall-clock. Every core makes runs of its own, so that their times compare.
 
 Results: `tests/studies/cpu_preset.json` and `tests/studies/README.md`. The runs themselves stay in `checkpoints/study`.
 """
@@ -204,14 +204,18 @@ def script_of(variant: Variant) -> Path:
     return path
 
 
+def rows_of(folder: Path, seed: int, iterations: int) -> list[dict] | None:
+    """The log of a run that has come to its end."""
+    paths = list(folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return rows if rows and rows[-1]["iteration"] == iterations else None
+
+
 def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
-    """One run on a core, or the result of an earlier one: its last evaluation, what its search reached while it
-    collected, and the seconds of an iteration."""
+    """One run on a core, or an earlier one: its last evaluation, what its search reached while it collected, and the
+    seconds of an iteration."""
     folder = folder_of(variant) / f"{iterations}_iterations"
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"seed_{seed}.json"
-    if result.exists():
-        return json.loads(result.read_text())
     words = {
         "preset": "cpu", "seed": seed, "max_num_iters": iterations, "learning_rate_decay_iters": iterations,
         "eval_interval": iterations, "eval_num_simulations": 0, "save_interval": iterations, "save_dir": folder,
@@ -219,27 +223,28 @@ def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
     }  # fmt: skip
     words |= dict(word.split("=", 1) for word in variant.words)
     command = [sys.executable, str(script_of(variant)), *(f"{key}={value}" for key, value in words.items())]
-    with open(folder / f"seed_{seed}.log", "w") as log:
-        environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
-        on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
-        status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
-    if status:
-        raise RuntimeError(f"{variant.name}, seed {seed}: status {status}, see {log.name}")
-    (path,) = folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = dict(
+    rows = rows_of(folder, seed, iterations)
+    if rows is None:
+        with open(folder / f"seed_{seed}.log", "w") as log:
+            environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
+            on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
+            status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
+        rows = rows_of(folder, seed, iterations)
+        if status or rows is None:
+            raise RuntimeError(f"{variant.name}, seed {seed}: status {status}, see {log.name}")
+    late = rows[1:][-5:]
+    greedy = rows[-1]["eval/greedy/avg_return"]
+    print(f"{variant.question:36} {variant.name:40} {iterations:4} {seed} {greedy:.4f}", flush=True)
+    return dict(
         seed=seed,
         iterations=iterations,
         decisions=rows[-1]["frames"],
-        seconds=statistics.mean(row["perf/iteration_seconds"] for row in rows[2:]),  # The first one compiles.
-        search=statistics.mean(row["rollout/avg_return"] for row in rows[1:][-5:]),
-        taught=statistics.mean(row["train/taught_share"] for row in rows[1:][-5:]),
-        greedy=rows[-1]["eval/greedy/avg_return"],
+        seconds=statistics.median(row["perf/iteration_seconds"] for row in rows[2:]),  # Whatever else ran meanwhile.
+        search=statistics.mean(row["rollout/avg_return"] for row in late),
+        taught=statistics.mean(row["train/taught_share"] for row in late),
+        greedy=greedy,
         filled=rows[-1]["eval/greedy/solved_rate"],
     )
-    result.write_text(json.dumps(found))
-    print(f"{variant.question:36} {variant.name:40} {iterations:4} {seed} {found['greedy']:.4f}", flush=True)
-    return found
 
 
 def run_all(pairs: list[tuple[Variant, int]]) -> list[list[dict]]:
@@ -274,10 +279,15 @@ def measure() -> dict:
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
     runs = run_all([(variant, ITERATIONS) for variant in VARIANTS])
-    seconds = {variant.name: seconds_of(of_variant) for variant, of_variant in zip(VARIANTS, runs)}
-    costs = [seconds[variant.name] / seconds[variant.against] for variant in VARIANTS]
-    again = [i for i, cost in enumerate(costs) if not SAME_COST[0] < cost < SAME_COST[1]]
-    equal_time = dict(zip(again, run_all([(VARIANTS[i], max(round(ITERATIONS / costs[i]), 2)) for i in again])))
+    runs_of = {variant.name: of_variant for variant, of_variant in zip(VARIANTS, runs)}
+    again = {}
+    for i, variant in enumerate(VARIANTS):
+        others = runs_of[variant.against]
+        cost = seconds_of(runs[i]) / seconds_of(others)
+        better = statistics.mean(a["greedy"] - b["greedy"] for a, b in zip(runs[i], others, strict=True)) > 0
+        if better and cost > SAME_COST[1] or not better and cost < SAME_COST[0]:
+            again[i] = (variant, max(round(ITERATIONS / cost), 2))
+    equal_time = dict(zip(again, run_all([*again.values()])))
     return dict(
         command="python tests/studies/study.py",
         commit=commit,
@@ -309,9 +319,10 @@ def table(results: dict) -> str:
         f" {script.PRESETS['cpu']['max_num_iters']} iterations may rank close ones otherwise.",
         "",
         "Utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs with the"
-        " same seed, from the row named under 'against': at equal decisions and, where an iteration costs less than"
-        f" {SAME_COST[0]} or more than {SAME_COST[1]} of that row's, at equal wall-clock as well (in brackets the"
-        " iterations that its time allows). With three seeds, a difference is more than chance at the 5 % level from"
+        " same seed, from the row named under 'against', at equal decisions. Where time could turn the order round,"
+        " also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice that costs"
+        f" more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as much. With"
+        " three seeds, a difference is more than chance at the 5 % level from"
         " 4.3 standard errors on. Search: what it reached itself while it collected, in the last five iterations, noise"
         " included. Learnt: share of those iterations' decisions that the network learnt from. Cost: time of an"
         " iteration, next to that of the base.",
