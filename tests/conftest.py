@@ -27,6 +27,7 @@ import pytest
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
+gc.set_threshold(100_000)  # Tracing makes much, and little of it is garbage.
 ROOT = Path(__file__).parent.parent
 # The options that give back what users run.
 AS_FOR_USERS = {"xla_backend_optimization_level": 3}

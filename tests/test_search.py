@@ -81,17 +81,17 @@ def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, 
 
 
 def test_compact_search_equals_full_width_search(env, network, config, model, played):
-    config = config.model_copy(update=dict(max_num_considered_actions=8, search_width=64))
+    config = config.model_copy(update=dict(max_num_considered_actions=4, search_width=64))
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
     states, observations = rows(played, (count > 0) & (count <= 40))  # Interior nodes then stay within K as well.
     assert len(observations.ems_mask) >= 1000
     states, observations = jax.tree.map(lambda x: x[:1000], (states, observations))
-    policy = script.make_search_policy(env, network, config, 8, 0.0)
+    policy = script.make_search_policy(env, network, config, 6, 0.0)  # Four children and two of theirs.
     action, decision = act_on(policy, model, states, observations)
     weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
     np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
-    reference = jax.jit(functools.partial(full_width_search, env, network, config, num_simulations=8))
+    reference = jax.jit(functools.partial(full_width_search, env, network, config, num_simulations=6))
     expected = tuple(map(np.asarray, reference(model, states, observations)))
 
     def differs(action, weights) -> np.ndarray:
@@ -103,7 +103,10 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
         noise = np.random.default_rng(seed)
         other = jax.tree.map(lambda x: x * (1 + 1e-6 * noise.normal(size=x.shape)).astype(x.dtype), model)  # noqa: B023
         tied |= differs(*reference(other, states, observations))
-    assert tied.mean() < 0.1 and not (differs(action, weights) & ~tied).any()
+    differing = differs(action, weights) & ~tied
+    # Equal items give equal priors, of which rounding in either search visits another one first.
+    swapped = differing & (np.abs(np.sort(weights, -1) - ranked) < 1e-4).all(-1)
+    assert tied.mean() < 0.1 and swapped.mean() < 0.005 and not (differing & ~swapped).any()
 
 
 def best_return(step, state, observation) -> float:
