@@ -20,7 +20,7 @@ import evaluate
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
-FEW = "rollout_batch_size=16 training_batch_size=64 max_num_iters=1 eval_batch_size=2 eval_num_simulations=0".split()
+FEW = "max_num_iters=1 eval_batch_size=2 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
 RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()
@@ -62,7 +62,8 @@ def test_command_runs_as_written(command, tmp_path):
     name, *words = shlex.split(command)
     shutil.copy(ROOT / name, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    command = [sys.executable, name, *words, *FEW, *([] if full else ["token_sizes=[[40,20]]"])]
+    few = "rollout_batch_size=16 training_batch_size=64" if full else "rollout_batch_size=4 training_batch_size=32"
+    command = [sys.executable, name, *words, *FEW, *few.split(), *([] if full else ["token_sizes=[[40,20]]"])]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
