@@ -159,8 +159,10 @@ def killed(number: int, folder: Path, iterations: int = 5) -> Outcomes:
         if len(outcomes) % 2:
             time.sleep(seconds * rng.random())  # Of the longest life so far.
         else:
-            temporary = run_dir / f".iter_{rng.randrange(iterations) + 1:06d}.pkl.tmp"
-            wait_for(process, temporary.exists, pause=0)
+            last = rng.randrange(1, iterations)
+            wait_for(process, (run_dir / f"iter_{last:06d}.pkl").exists)
+            temporary = run_dir / f".iter_{last + 1:06d}.pkl.tmp"
+            wait_for(process, temporary.exists, pause=0)  # It is written in milliseconds.
         seconds = max(seconds, time.time() - began)
         process.kill()
         process.communicate()
@@ -638,8 +640,8 @@ KINDS = {
     ),
     "signalled": Kind(signalled, 8, 1, "SIGTERM or Ctrl-C, once: saved; twice: gone"),
     "damaged": Kind(damaged, 250, 100, "checkpoints cut off at 50 places, or with one of 200 bits flipped"),
-    "no_room": Kind(no_room, 12, 2, "disk full in the middle or at the start, and room made later"),
-    "read_only": Kind(read_only, 6, 2, "folder read-only from the middle or the start on"),
+    "no_room": Kind(no_room, 12, 1, "disk full in the middle or at the start, and room made later"),
+    "read_only": Kind(read_only, 6, 1, "folder read-only from the middle or the start on"),
     "not_finite": Kind(not_finite, 8, 1, "gradients that are not finite"),
     "two_runs": Kind(two_runs, 6, 1, "second run in the folder of one that lives, and after its death"),
     "wandb": Kind(wandb_misbehaves, 5, 1, "W&B without key, network or service, with a service that dies or no folder"),

@@ -166,10 +166,10 @@ def test_runs_of_the_same_name_are_told_apart(ppo_run, tmp_path, few_at_a_time):
     """Two losses, say, under two folders: their rows have names of their own, and their pictures and curves too."""
     other = tmp_path / "cispo" / "BinPack-v2" / "ppo" / "seed_0"
     shutil.copytree(ppo_run, other)
-    rows = run(tmp_path, ppo_run, other, f"render={tmp_path / 'a.gif'}", f"curves={tmp_path / 'c.png'}")["rows"]
+    rows = run(tmp_path, ppo_run, other, f"render={tmp_path / 'a.png'}", f"curves={tmp_path / 'c.png'}")["rows"]
     first, second = (row["checkpoint"] for row in rows)
     assert first != second and second.endswith("cispo/BinPack-v2/ppo/seed_0/iter_000004")
-    with Image.open(tmp_path / "a.gif") as image:
+    with Image.open(tmp_path / "a.png") as image:
         assert image.width > 1.8 * image.height
     assert evaluate.distinct_names([ppo_run.parent, other.parent, other.parent], 1)[1].endswith("cispo/BinPack-v2/ppo")
 
