@@ -587,7 +587,7 @@ def extreme_values(number: int, folder: Path) -> Outcomes:
         logs = list(save_dir.glob("*/*/*/metrics.jsonl"))
         rows = log_of(logs[0].parent) if logs else []
         fine = status == 0 and len(rows) == 3 and all(np.isfinite(x) for row in rows for x in row.values())
-        conftest.forget_programs()
+        conftest.forget_many_programs()
         outcomes.append(None if fine else f"{words}: {status}, {rows[-1:]} {said}")
     return outcomes
 
@@ -607,7 +607,6 @@ def long_life(number: int, folder: Path) -> Outcomes:
         seen.append((pages, sum(x.nbytes for x in jax.live_arrays()), len(compiled)))
         own(log, row)
 
-    conftest.forget_programs()
     own, script.RunLog.record = script.RunLog.record, record
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -138,7 +138,7 @@ def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(env, pla
     assert differs > 0
 
 
-def test_pictures_of_one_instance_and_curves(search_run, ppo_run, tmp_path, monkeypatch):
+def test_pictures_of_one_instance_and_curves(few_at_a_time, search_run, ppo_run, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     gif, png, curves = tmp_path / "episode.gif", tmp_path / "episode.png", tmp_path / "curves.png"
     run(tmp_path, search_run, ppo_run, f"render={gif}", "instance=3", f"curves={curves}")

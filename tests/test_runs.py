@@ -49,6 +49,12 @@ def assert_same_checkpoint(path: Path, other: Path) -> None:
         assert len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), key
 
 
+@pytest.fixture
+def own_run(search_run, tmp_path) -> Path:
+    """A copy of the undisturbed run, whose folder no other worker locks."""
+    return Path(shutil.copytree(search_run, tmp_path / "own" / "BinPack-v2" / "nsim_2" / "seed_0"))
+
+
 def test_two_iterations_and_two_more_equal_four(search_run, tmp_path):
     """Bit for bit, and more evaluations on the way change nothing."""
     assert script.main(override("max_num_iters=2", "eval_interval=1", f"save_dir={tmp_path}")) == 0
@@ -71,14 +77,14 @@ def test_resume_auto_starts_again_what_died_before_its_first_checkpoint(tmp_path
     assert [row["iteration"] for row in log_of(run_dir)] == [0, 1] and log_of(run_dir)[1]["frames"] > 9
 
 
-def test_resume_from_a_path_continues_in_another_folder_only(search_run, tmp_path, capsys):
-    words = override(f"resume={search_run / 'iter_000002.pkl'}")
-    assert script.main([*words, f"save_dir={search_run.parents[2]}"]) == 2
+def test_resume_from_a_path_continues_in_another_folder_only(own_run, tmp_path, capsys):
+    words = override(f"resume={own_run / 'iter_000002.pkl'}")
+    assert script.main([*words, f"save_dir={own_run.parents[2]}"]) == 2
     assert "iter_000004.pkl of an earlier run would be lost" in capsys.readouterr().err
     assert script.main([*words, f"save_dir={tmp_path}"]) == 0
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
-    branch, origin = load(run_dir / "iter_000004.pkl"), load(search_run / "iter_000004.pkl")
+    assert_same_checkpoint(run_dir / "iter_000004.pkl", own_run / "iter_000004.pkl")
+    branch, origin = load(run_dir / "iter_000004.pkl"), load(own_run / "iter_000004.pkl")
     assert branch["wandb_id"] != origin["wandb_id"]
 
 
@@ -91,11 +97,11 @@ def test_a_branch_that_is_stopped_at_once_goes_on_with_resume_auto(search_run, t
     assert_same_checkpoint(run_dir / "iter_000004.pkl", search_run / "iter_000004.pkl")
 
 
-def test_resuming_a_complete_run_says_so_and_changes_nothing(search_run, capsys):
-    before = contents_of(search_run)
-    assert script.main(override("resume=auto", f"save_dir={search_run.parents[2]}")) == 0
+def test_resuming_a_complete_run_says_so_and_changes_nothing(own_run, capsys):
+    before = contents_of(own_run)
+    assert script.main(override("resume=auto", f"save_dir={own_run.parents[2]}")) == 0
     assert "Complete: 4 iterations are done" in capsys.readouterr().out
-    assert contents_of(search_run) == before
+    assert contents_of(own_run) == before
 
 
 def test_log_has_the_promised_names(search_run):
@@ -190,13 +196,13 @@ def test_resume_refuses_another_network(search_run, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_starting_over_an_earlier_run_needs_a_word(search_run, capsys):
-    save_dir = search_run.parents[2]
-    before = contents_of(search_run)
+def test_starting_over_an_earlier_run_needs_a_word(own_run, capsys):
+    save_dir = own_run.parents[2]
+    before = contents_of(own_run)
     assert script.main(override(f"save_dir={save_dir}")) == 2
     err = capsys.readouterr().err
     assert "resume=auto" in err and "overwrite=true" in err and err.count("\n") == 1
-    assert contents_of(search_run) == before
+    assert contents_of(own_run) == before
 
 
 def test_overwrite_starts_again(search_run, tmp_path):
