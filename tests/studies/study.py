@@ -1,6 +1,6 @@
 """What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
 
-    python tests/studies/study.py            # about 90 minutes on 2 cores; goes on where it was stopped
+    python tests/studies/study.py            # over two hours on 2 cores; goes on where it was stopped
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
@@ -34,7 +34,7 @@ SCRIPT = Path(script.__file__)
 RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
 ITERATIONS = 40
 SEEDS = (0, 1, 2)
-SAME_COST = (0.8, 1.25)  # Times the base's.
+SAME_COST = (0.8, 1.25)  # Times that of what a variant is compared with.
 
 
 class Variant(NamedTuple):
