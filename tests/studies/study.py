@@ -4,7 +4,7 @@
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
-nobody would set. Each plays `ITERATIONS` iterations, with the learning rate decaying as late: equal decisions. One
+nobody would set. Each plays `ITERATIONS` iterations, with the learning rate decaying as late: equal episodes. One
 that is better than what it is compared with but costs notably more, or worse and costs less, plays again for as many
 iterations as the other has time for: equal wall-clock. Every core makes runs of its own, so that their times compare.
 
@@ -13,6 +13,7 @@ Results: `tests/studies/cpu_preset.json` and `tests/studies/README.md`. The runs
 
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -22,6 +23,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from scipy import stats  # Comes with jax.
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -84,6 +87,7 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
             "        order_key, permutation_key = jax.random.split(shuffle_key)\n        rows = minibatch_rows("
             "order_key, gathered.mask, config)  # [S, M]\n",
             """        order_key, permutation_key = jax.random.split(shuffle_key)
+        fresh = gathered
         gathered = jax.tree.map(lambda old, new: jnp.concatenate([old[len(new):], new]), state.rows, gathered)
         replayed = gathered
         order = jnp.argsort(jnp.where(gathered.mask, jax.random.uniform(order_key, gathered.mask.shape), 2.0))
@@ -91,6 +95,7 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
         rows = order[slots % gathered.mask.sum()].reshape(-1, config.training_batch_size)
 """,
         ),
+        ("= gathered.mask.sum() / decisions", "= fresh.mask.sum() / decisions"),
         (
             "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
             "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, replayed),"
@@ -113,7 +118,7 @@ AVERAGED = (
     ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    average: Any = None\n"),
     (
         "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
-        """        average = jax.tree.map(lambda old, new: old + 0.5 * (new - old), state.average, params)
+        """        average = jax.tree.map(lambda old, new: old + 0.2 * (new - old), state.average, params)
         return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, average), metrics
 """,
     ),
@@ -157,7 +162,7 @@ VARIANTS = [
     Variant("", "base"),
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
     Variant("scale of Q", "value_scale=10", ("value_scale=10",)),
-    Variant("scale of Q", "maxvisit_init=10", ("maxvisit_init=10",)),
+    Variant("scale of Q", "maxvisit_init=10, as value_scale=0.11", ("maxvisit_init=10",)),
     Variant("simulations and considered actions", "2 and 2", ("num_simulations=2", "max_num_considered_actions=2")),
     Variant("simulations and considered actions", "8 and 8", ("num_simulations=8", "max_num_considered_actions=8")),
     Variant("leaf values", VH, VALUE_HEAD, (), ALL),
@@ -168,11 +173,11 @@ VARIANTS = [
     Variant("use of samples", "4 epochs", ("num_epochs=4",)),
     Variant("use of samples", "those of the last 4 iterations", (), replay(4)),
     Variant("learning rate", CONSTANT, ("learning_rate_decay_iters=0",)),
-    Variant("learning rate", "averaged parameters", ("learning_rate_decay_iters=0",), AVERAGED, CONSTANT),
+    Variant("learning rate", "average of 9 iterations or so", ("learning_rate_decay_iters=0",), AVERAGED, CONSTANT),
     Variant("symmetry", "not used", ("permute_axes=false",)),
     Variant("symmetry", "six views averaged at evaluation, six passes", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
-    Variant("instances", "those that the network fails, of four times as many", (), HARD_INSTANCES),
+    Variant("instances", "failed ones first, of four times as many", (), HARD_INSTANCES),
     Variant("network", "two layers", ("num_transformer_layers=2",)),
 ]  # fmt: skip
 
@@ -291,6 +296,7 @@ def measure() -> dict:
     return dict(
         command="python tests/studies/study.py",
         commit=commit,
+        versions=script.library_versions(),
         device=f"one core of {cpu_model()} for each run",
         variants=[
             dict(**variant._asdict(), runs=runs[i], equal_time=equal_time.get(i)) for i, variant in enumerate(VARIANTS)
@@ -307,8 +313,15 @@ def table(results: dict) -> str:
     runs_of = {variant["name"]: variant["runs"] for variant in results["variants"]}
     base = runs_of["base"]
 
-    def difference(runs: list[dict], others: list[dict]) -> str:
-        return percent([a["greedy"] - b["greedy"] for a, b in zip(runs, others, strict=True)])
+    def differences(runs: list[dict], others: list[dict]) -> list[float]:
+        return [a["greedy"] - b["greedy"] for a, b in zip(runs, others, strict=True)]
+
+    errors = [mean_and_error(differences(x["runs"], runs_of[x["against"]]))[1] for x in results["variants"][1:]]
+    pooled = math.sqrt(statistics.mean(error**2 for error in errors))
+
+    def quantile(comparisons: int) -> float:
+        """Of Student's t, two-sided 5 % shared by so many comparisons (Bonferroni)."""
+        return stats.t.ppf(1 - 0.025 / comparisons, len(errors) * (len(SEEDS) - 1))
 
     lines = [
         "# What each choice of `preset=cpu` is worth",
@@ -319,13 +332,18 @@ def table(results: dict) -> str:
         f" {script.PRESETS['cpu']['max_num_iters']} iterations may rank close ones otherwise.",
         "",
         "Utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs with the"
-        " same seed, from the row named under 'against', at equal decisions. Where time could turn the order round,"
-        " also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice that costs"
-        f" more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as much. With"
-        " three seeds, a difference is more than chance at the 5 % level from"
-        " 4.3 standard errors on. Search: what it reached itself while it collected, in the last five iterations, noise"
-        " included. Learnt: share of those iterations' decisions that the network learnt from. Cost: time of an"
-        " iteration, next to that of the base.",
+        " same seed, from the row named under 'against', at equal numbers of episodes. Where time could turn the order"
+        " round, also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice"
+        f" that costs more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as"
+        f" much. The error of one row is itself uncertain; pooled over all differences it is {100 * pooled:.2f}. Beyond"
+        f" {quantile(1):.1f} of it a difference is more than chance at the 5 % level if it is the only one looked at,"
+        f" beyond {quantile(len(errors)):.1f} if it is picked from all {len(errors)}.",
+        "",
+        "Search: what it reached itself while it collected, in the last five iterations, noise included (where failed"
+        " instances come first, on harder ones than elsewhere). Learnt: share of those iterations' decisions that the"
+        " network learnt from. Cost: time of an iteration, evaluation not included, next to that of the base. With 4"
+        " simulations of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
+        " `(maxvisit_init + 1) * value_scale`.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -337,8 +355,8 @@ def table(results: dict) -> str:
             variant["name"],
             percent([x["greedy"] for x in runs]),
             "" if runs is base else variant["against"],
-            "" if runs is base else difference(runs, others),
-            f"{difference(again, others)} ({again[0]['iterations']})" if again else "",
+            "" if runs is base else percent(differences(runs, others)),
+            f"{percent(differences(again, others))} ({again[0]['iterations']})" if again else "",
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
             f"{100 * statistics.mean(x['taught'] for x in runs):.0f}",
