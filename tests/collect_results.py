@@ -16,6 +16,7 @@ the table of speeds from tests/benchmarks/throughput.py, that of faults from tes
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def ship(folder: Path) -> None:
 
 def at(run: dict, key: str, value: float) -> float:
     """Utilisation of the network alone when decisions or hours have a value, on the line between two evaluations."""
+    if value < run["curve"][0][key]:
+        raise ValueError(f"expected {key} from the first evaluation on, {run['curve'][0][key]}, got {value}")
     for before, after in zip(run["curve"], run["curve"][1:]):
         if before[key] <= value <= after[key]:
             share = (value - before[key]) / (after[key] - before[key])
@@ -99,7 +102,7 @@ def at(run: dict, key: str, value: float) -> float:
     return run["curve"][-1]["utilisation"]
 
 
-def table(results: dict, floors: dict) -> str:
+def table(results: dict, floors: dict, benchmark: dict) -> str:
     """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
     devices = dict.fromkeys(group["device"] for group in results["groups"])
     machine = f", {next(iter(devices))}" if len(devices) == 1 else ""  # Of several, each row names its own.
@@ -125,12 +128,19 @@ def table(results: dict, floors: dict) -> str:
             solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
             figures = f"{mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} %"
             lines.append(f"| {method}, {label} | {cost} | {figures} |")
+    errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
+    least, most = min(errors), max(errors)
+    commands = " and ".join(f"`{group['command']}`" for group in results["groups"])
     seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
     return "\n".join(
         [
             *lines,
             "",
-            f"± is the standard error over seeds {seeds} (for the rules: over instances). {sentences(results)}",
+            f"± is the standard error over seeds {seeds} (for the rules: over instances). The error of a network's mean"
+            f" over instances is {least:.2f} to {most:.2f} %. {sentences(results, benchmark)}",
+            "",
+            f"These are figures of `tests/results/cpu_preset.json`, which has commands, commits, versions and curves:"
+            f" {commands}, collected by `tests/collect_results.py`.",
             "",
             f"`checkpoints/` has the best run of each, {shipped(results)}:",
         ]
@@ -148,11 +158,13 @@ def shipped(results: dict) -> str:
     return " and ".join(found)
 
 
-def sentences(results: dict) -> str:
+def sentences(results: dict, benchmark: dict) -> str:
     """What the curves say of time and decisions, below the table."""
     groups = {group["method"]: group["runs"] for group in results["groups"]}
     devices = {group["method"]: group["device"] for group in results["groups"]}
     search, ppo = groups["search_distill"], groups["ppo"]
+    played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
+    moves = benchmark["phases"]["batched_steps"] * results["groups"][0]["config"]["rollout_batch_size"] / played
 
     def at_equal(key: str) -> str:
         value = min(run["curve"][-1][key] for run in search + ppo)
@@ -164,7 +176,8 @@ def sentences(results: dict) -> str:
     minutes = 60 * max(run["curve"][0]["hours"] for run in search)
     least = 100 * min(run["curve"][0]["utilisation"] for run in search)
     text = (
-        "Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
+        f"Decisions are moves that were played; the search tries {moves:.0f} more for each, which the minutes count."
+        " Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
         f" from the cache), evaluation is not. At its first evaluation, after {minutes:.1f} minutes, the network of"
         f" search distillation packs at least {least:.1f} % with every seed. The networks alone"
     )
@@ -182,23 +195,28 @@ def speed(benchmark: dict) -> str:
     for row in benchmark["arms"]:
         lines.append(f"| {row['arm']} | {row['decisions_per_second']:,.0f} | {row['ratio']:.2f} |")
     phases, environment = benchmark["phases"], benchmark["environment"]
-    whole = phases["collect"] + phases["gradient_steps"]
-    share = lambda name: f"{100 * phases[name] / whole:.0f} %"
+    whole = statistics.median(benchmark["arms"][0]["seconds"])
+    share = lambda seconds: f"{100 * seconds / whole:.0f} %"  # noqa: E731
+    unexplained = whole - phases["collect"] - phases["gradient_steps"]
     sentences = [
-        f"Where an iteration of {whole:.1f} s goes, each timed by itself: the search's network passes",
-        f"{share('network')}, environment steps {share('environment')}, gradient steps {share('gradient_steps')}; its",
-        f"trees and the rest are what is missing from 100 %, {share('tree_and_rest')}, errors of the others included.",
-        f"A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix products, one",
-        f"on each device; {100 * phases['padding_share']:.1f} % of the searched decisions are padding. A step of the",
-        f"environment takes {environment['microseconds']:.0f} µs a state at batch 1,024, Jumanji's own",
-        f"{environment['jumanji_microseconds']:.0f} µs.",
+        "Of the arms, *800-wide search* keeps all 800 actions in the tree's nodes; *host-side shuffling* gathers the",
+        "minibatches with numpy, which costs nothing where host and device share a memory; *every pass at full size*",
+        f"takes all 40 spaces and 20 items, whatever is legal. An iteration takes {whole:.1f} s. Timed by themselves,",
+        f"the search's network passes are {share(phases['network'])} of it, environment steps",
+        f"{share(phases['environment'])}, gradient steps {share(phases['gradient_steps'])}, the search's trees and",
+        f"whatever else collecting does {share(phases['tree_and_rest'])}; the other {share(unexplained)} appear only",
+        f"when all run together. A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large",
+        f"matrix products, one on each device; {100 * phases['padding_share']:.1f} % of the searched decisions are",
+        f"padding. A step of the environment takes {environment['microseconds']:.0f} µs a state at batch 1,024,",
+        f"Jumanji's own {environment['jumanji_microseconds']:.0f} µs.",
     ]
     table = ["| seconds that a new process takes | tracing | compiling | from the cache |", "|---|---|---|---|"]
     for key, name in (("compilation", "`preset=cpu`"), ("compilation_of_the_full_run", "the full run")):
         cost = benchmark[key]
         times = f"{cost['cold_tracing']:.0f} | {cost['cold_compiling']:.0f} | {cost['warm_compiling']:.1f}"
         table.append(f"| {name}, an iteration | {times} |")
-    return "\n".join([*lines, "", " ".join(sentences), "", *table])
+    made = f"From `{benchmark['command']}`."
+    return "\n".join([*lines, "", " ".join(sentences), "", *table, "", made])
 
 
 def reliability(found: dict) -> str:
@@ -209,14 +227,14 @@ def reliability(found: dict) -> str:
     device = ", ".join(sorted({row["device"] for row in found["kinds"].values()}))
     minutes = [row["minutes"] for row in found["kinds"].values()]
     of_two = max(sum(minutes) / 2, *minutes)
-    return "\n".join([*lines, "", f"{device}; {of_two:.0f} minutes of two processes at least."])
+    return "\n".join([*lines, "", f"{device}; {of_two:.0f} minutes with two kinds at a time."])
 
 
 def tables() -> dict[str, str]:
     """The README's tables by name, from the committed files."""
     files = (RESULTS, FLOORS, BENCHMARK, RELIABILITY)
     results, floors, benchmark, faults = (json.loads(path.read_text()) for path in files)
-    return dict(results=table(results, floors), speed=speed(benchmark), reliability=reliability(faults))
+    return dict(results=table(results, floors, benchmark), speed=speed(benchmark), reliability=reliability(faults))
 
 
 def with_tables(readme: str) -> str:

@@ -1,6 +1,7 @@
-"""Searched decisions per second, where the time of an iteration goes, and what each accelerator of the design buys.
+r"""Searched decisions per second, where the time of an iteration goes, and what each accelerator of the design buys.
 
-    python tests/benchmarks/throughput.py preset=cpu out=tests/benchmarks/cpu.json          # about 10 minutes, 2 cores
+    python tests/benchmarks/throughput.py preset=cpu rounds=3 checkpoint=checkpoints/search_distill_cpu.pkl \
+        out=tests/benchmarks/cpu.json                                                       # about 10 minutes, 2 cores
     python tests/benchmarks/throughput.py out=tests/benchmarks/h200.json                    # one GPU
     python tests/benchmarks/throughput.py preset=cpu sweep=true out=tests/benchmarks/cpu_sweep.json
 
