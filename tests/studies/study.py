@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -252,7 +253,7 @@ def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
     )
 
 
-def run_all(pairs: list[tuple[Variant, int]]) -> list[list[dict]]:
+def run_all(pairs: list[tuple[Variant, int]]) -> Iterator[list[dict]]:
     """Three seeds of each (variant, iterations), one after the other on one core."""
     cores = queue.SimpleQueue()
     for core in os.sched_getaffinity(0):
@@ -266,11 +267,24 @@ def run_all(pairs: list[tuple[Variant, int]]) -> list[list[dict]]:
             cores.put(core)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        return list(pool.map(seeds_of, pairs))
+        yield from pool.map(seeds_of, pairs)
 
 
 def seconds_of(runs: list[dict]) -> float:
     return statistics.mean(run["seconds"] for run in runs)
+
+
+def iterations_of_equal_time(runs: list[dict], others: list[dict]) -> int | None:
+    """As many as the others' time allows; none where equal time cannot turn the order round."""
+    cost = seconds_of(runs) / seconds_of(others)
+    better = statistics.mean(differences(runs, others)) > 0
+    turns = cost > SAME_COST[1] if better else cost < SAME_COST[0]
+    return max(round(ITERATIONS / cost), 2) if turns else None
+
+
+def differences(runs: list[dict], others: list[dict]) -> list[float]:
+    """Of runs with the same seed, in utilisation of the network alone."""
+    return [a["greedy"] - b["greedy"] for a, b in zip(runs, others, strict=True)]
 
 
 def cpu_model() -> str:
@@ -278,30 +292,28 @@ def cpu_model() -> str:
     return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
 
 
-def measure() -> dict:
+def measure() -> Iterator[dict]:
+    """The results, once all variants have run and again after each that ran at equal wall-clock."""
     commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
-    runs = run_all([(variant, ITERATIONS) for variant in VARIANTS])
-    runs_of = {variant.name: of_variant for variant, of_variant in zip(VARIANTS, runs)}
-    again = {}
-    for i, variant in enumerate(VARIANTS):
-        others = runs_of[variant.against]
-        cost = seconds_of(runs[i]) / seconds_of(others)
-        better = statistics.mean(a["greedy"] - b["greedy"] for a, b in zip(runs[i], others, strict=True)) > 0
-        if better and cost > SAME_COST[1] or not better and cost < SAME_COST[0]:
-            again[i] = (variant, max(round(ITERATIONS / cost), 2))
-    equal_time = dict(zip(again, run_all([*again.values()])))
-    return dict(
+    runs = list(run_all([(variant, ITERATIONS) for variant in VARIANTS]))
+    rows = [dict(**variant._asdict(), runs=of_variant, equal_time=None) for variant, of_variant in zip(VARIANTS, runs)]
+    results = dict(
         command="python tests/studies/study.py",
         commit=commit,
         versions=script.library_versions(),
         device=f"one core of {cpu_model()} for each run",
-        variants=[
-            dict(**variant._asdict(), runs=runs[i], equal_time=equal_time.get(i)) for i, variant in enumerate(VARIANTS)
-        ],
+        variants=rows,
     )
+    yield results
+    runs_of = {row["name"]: row["runs"] for row in rows}
+    iterations = [iterations_of_equal_time(row["runs"], runs_of[row["against"]]) for row in rows]
+    again = [i for i, number in enumerate(iterations) if number]
+    for i, of_variant in zip(again, run_all([(VARIANTS[i], iterations[i]) for i in again]), strict=True):
+        rows[i]["equal_time"] = of_variant
+        yield results
 
 
 def percent(values: list[float]) -> str:
@@ -312,9 +324,6 @@ def table(results: dict) -> str:
     """One line a variant: means over seeds, and paired differences with their standard errors."""
     runs_of = {variant["name"]: variant["runs"] for variant in results["variants"]}
     base = runs_of["base"]
-
-    def differences(runs: list[dict], others: list[dict]) -> list[float]:
-        return [a["greedy"] - b["greedy"] for a, b in zip(runs, others, strict=True)]
 
     errors = [mean_and_error(differences(x["runs"], runs_of[x["against"]]))[1] for x in results["variants"][1:]]
     pooled = math.sqrt(statistics.mean(error**2 for error in errors))
@@ -350,13 +359,16 @@ def table(results: dict) -> str:
     ]
     for variant in results["variants"]:
         runs, again, others = variant["runs"], variant["equal_time"], runs_of[variant["against"]]
+        at_equal_time = "not measured" if iterations_of_equal_time(runs, others) else ""
+        if again:
+            at_equal_time = f"{percent(differences(again, others))} ({again[0]['iterations']})"
         cells = [
             variant["question"],
             variant["name"],
             percent([x["greedy"] for x in runs]),
             "" if runs is base else variant["against"],
             "" if runs is base else percent(differences(runs, others)),
-            f"{percent(differences(again, others))} ({again[0]['iterations']})" if again else "",
+            at_equal_time,
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
             f"{100 * statistics.mean(x['taught'] for x in runs):.0f}",
@@ -370,8 +382,8 @@ def main(argv: list[str]) -> int:
     if argv not in ([], ["table"]):
         print(f"error: expected nothing or table, got {' '.join(argv)}", file=sys.stderr)
         return 2
-    if not argv:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    for results in () if argv else measure():
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     TABLE.write_text(table(json.loads(RESULTS.read_text())))
     return 0
 
