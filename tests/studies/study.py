@@ -352,9 +352,9 @@ def table(results: dict) -> str:
         "",
         "Search: what it reached itself while it collected, in the last five iterations, noise included (where failed"
         " instances come first, on harder ones than elsewhere). Learnt: share of those iterations' decisions that the"
-        " network learnt from. Cost: time of an iteration next to that of the base, evaluation not included, each of the"
-        " fastest tenth of the fastest seed. With 4 simulations of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
-        " `(maxvisit_init + 1) * value_scale`.",
+        " network learnt from. Cost: time of an iteration next to that of the base, evaluation not included, each of"
+        " the fastest tenth of the fastest seed. With 4 simulations of 4 actions each is visited once, so"
+        " `maxvisit_init` and `value_scale` are one factor: `(maxvisit_init + 1) * value_scale`.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
