@@ -6,7 +6,7 @@
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
 nobody would set. Each plays `ITERATIONS` iterations, with the learning rate decaying as late: equal episodes. One
 that is better than what it is compared with but costs notably more, or worse and costs less, plays again for as many
-iterations as the other has time for: equal wall-clock. Every core makes runs of its own, so that their times compare.
+iterations as the other has time for: equal wall-clock. Every core makes runs of its own.
 
 Results: `tests/studies/cpu_preset.json` and `tests/studies/README.md`. The runs themselves stay in `checkpoints/study`.
 """
@@ -17,6 +17,7 @@ import math
 import os
 import queue
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Variant(NamedTuple):
     words: tuple[str, ...] = ()
     lines: tuple[tuple[str, str], ...] = ()  # (old, new) in the training script; each old text occurs once.
     against: str = "base"  # Name of the variant that it differs from in one thing.
+    timed: bool = False  # Whether an iteration is another amount of work than of that one.
 
 
 VISITED_ONLY = (
@@ -154,6 +156,11 @@ HARD_INSTANCES = (
 )
 
 
+def simulations(number: int) -> tuple[str, ...]:
+    """So many, each of another action of the root."""
+    return (f"num_simulations={number}", f"max_num_considered_actions={number}")
+
+
 # Only here has the value's head a use. A decision costs about as many passes as with completions.
 VALUE_HEAD = ("leaf_value=network", "num_simulations=32", "max_num_considered_actions=16", "min_target_kl=0")
 
@@ -164,22 +171,22 @@ VARIANTS = [
     Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
     Variant("scale of Q", "value_scale=10", ("value_scale=10",)),
     Variant("scale of Q", "maxvisit_init=10, as value_scale=0.11", ("maxvisit_init=10",)),
-    Variant("simulations and considered actions", "2 and 2", ("num_simulations=2", "max_num_considered_actions=2")),
-    Variant("simulations and considered actions", "8 and 8", ("num_simulations=8", "max_num_considered_actions=8")),
-    Variant("leaf values", VH, VALUE_HEAD, (), ALL),
+    Variant("simulations and considered actions", "2 and 2", simulations(2), timed=True),
+    Variant("simulations and considered actions", "8 and 8", simulations(8), timed=True),
+    Variant("leaf values", VH, VALUE_HEAD, (), ALL, True),
     Variant("target of the value", "searched value of the root", VALUE_HEAD, value_target(1.0), VH),
     Variant("target of the value", "half searched value, half return", VALUE_HEAD, value_target(0.5), VH),
     Variant("target of the policy", ALL, ("min_target_kl=0",)),
     Variant("target of the policy", "weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY, ALL),
-    Variant("use of samples", "4 epochs", ("num_epochs=4",)),
+    Variant("use of samples", "4 epochs", ("num_epochs=4",), timed=True),
     Variant("use of samples", "those of the last 4 iterations", (), replay(4)),
     Variant("learning rate", CONSTANT, ("learning_rate_decay_iters=0",)),
     Variant("learning rate", "average of 9 iterations or so", ("learning_rate_decay_iters=0",), AVERAGED, CONSTANT),
     Variant("symmetry", "not used", ("permute_axes=false",)),
     Variant("symmetry", "six views averaged at evaluation, six passes", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
-    Variant("instances", "failed ones first, of four times as many", (), HARD_INSTANCES),
-    Variant("network", "two layers", ("num_transformer_layers=2",)),
+    Variant("instances", "failed ones first, of four times as many", (), HARD_INSTANCES, timed=True),
+    Variant("network", "two layers", ("num_transformer_layers=2",), timed=True),
 ]  # fmt: skip
 
 
@@ -217,41 +224,64 @@ def rows_of(folder: Path, seed: int, iterations: int) -> list[dict] | None:
     return rows if rows and rows[-1]["iteration"] == iterations else None
 
 
-def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
-    """One run on a core, or an earlier one: its last evaluation, what its search reached while it collected, and the
-    seconds of an iteration of its fastest tenth, since whatever else a machine does only adds to them."""
-    folder = folder_of(variant) / f"{iterations}_iterations"
+def train(variant: Variant, folder: Path, core: int, **words: object) -> None:
+    """The variant's training on one core, with `words` over those of every run of the study."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = {
-        "preset": "cpu", "seed": seed, "max_num_iters": iterations, "learning_rate_decay_iters": iterations,
-        "eval_interval": iterations, "eval_num_simulations": 0, "save_interval": iterations, "save_dir": folder,
-        "overwrite": "true",
-    }  # fmt: skip
-    words |= dict(word.split("=", 1) for word in variant.words)
+    every = dict(preset="cpu", learning_rate_decay_iters=words["max_num_iters"], eval_num_simulations=0)
+    words = every | dict(save_dir=folder) | words | dict(word.split("=", 1) for word in variant.words)
     command = [sys.executable, str(script_of(variant)), *(f"{key}={value}" for key, value in words.items())]
+    environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
+    on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
+    path = folder / f"seed_{words['seed']}.log"
+    with open(path, "w") as log:
+        status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
+    if status:
+        raise RuntimeError(f"{variant.name}: status {status}, see {path}")
+
+
+def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
+    """One run on a core, or an earlier one: its last evaluation, and what its search reached while it collected."""
+    folder = folder_of(variant) / f"{iterations}_iterations"
+    every = {key: iterations for key in ("max_num_iters", "eval_interval", "save_interval")}
     rows = rows_of(folder, seed, iterations)
     if rows is None:
-        with open(folder / f"seed_{seed}.log", "w") as log:
-            environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
-            on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
-            status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
+        train(variant, folder, core, seed=seed, overwrite="true", **every)
         rows = rows_of(folder, seed, iterations)
-        if status or rows is None:
-            raise RuntimeError(f"{variant.name}, seed {seed}: status {status}, see {log.name}")
     late = rows[1:][-5:]
-    seconds = sorted(row["perf/iteration_seconds"] for row in rows[1:])
     greedy = rows[-1]["eval/greedy/avg_return"]
     print(f"{variant.question:36} {variant.name:40} {iterations:4} {seed} {greedy:.4f}", flush=True)
     return dict(
         seed=seed,
         iterations=iterations,
         decisions=rows[-1]["frames"],
-        seconds=seconds[len(seconds) // 10],
         search=statistics.mean(row["rollout/avg_return"] for row in late),
         taught=statistics.mean(row["train/taught_share"] for row in late),
         greedy=greedy,
         filled=rows[-1]["eval/greedy/solved_rate"],
     )
+
+
+def cost_of(variant: Variant) -> float:
+    """Time of an iteration next to that of what it is compared with: both go on from their last checkpoint, side by
+    side, each on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    pair = (variant, next(other for other in VARIANTS if other.name == variant.against))
+
+    def seconds(variant: Variant, core: int) -> float:
+        folder, (newest,) = (
+            RUNS / f"timing_{core}",
+            folder_of(variant).glob(f"{ITERATIONS}_*/BinPack-v2/*/seed_0/*.pkl"),
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        last = ITERATIONS + 10
+        train(variant, folder, core, seed=0, resume=newest, max_num_iters=last, eval_interval=last, save_interval=last)
+        rows = rows_of(folder, 0, last)
+        return statistics.median(row["perf/iteration_seconds"] for row in rows[-9:])
+
+    with ThreadPoolExecutor(2) as pool:
+        mine, others = pool.map(seconds, pair, (cores[0], cores[-1]))
+    print(f"{variant.question:36} {variant.name:40} {mine:.2f} s beside {others:.2f} s", flush=True)
+    return mine / others
 
 
 def run_all(pairs: list[tuple[Variant, int]]) -> Iterator[list[dict]]:
@@ -271,15 +301,10 @@ def run_all(pairs: list[tuple[Variant, int]]) -> Iterator[list[dict]]:
         yield from pool.map(seeds_of, pairs)
 
 
-def seconds_of(runs: list[dict]) -> float:
-    """Of an iteration, of the seed that was disturbed least."""
-    return min(run["seconds"] for run in runs)
-
-
-def iterations_of_equal_time(runs: list[dict], others: list[dict]) -> int | None:
+def iterations_of_equal_time(row: dict, others: list[dict]) -> int | None:
     """As many as the others' time allows; none where equal time cannot turn the order round."""
-    cost = seconds_of(runs) / seconds_of(others)
-    better = statistics.mean(differences(runs, others)) > 0
+    cost = row["cost"] or 1.0
+    better = statistics.mean(differences(row["runs"], others)) > 0
     turns = cost > SAME_COST[1] if better else cost < SAME_COST[0]
     return max(round(ITERATIONS / cost), 2) if turns else None
 
@@ -301,7 +326,11 @@ def measure() -> Iterator[dict]:
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
     runs = list(run_all([(variant, ITERATIONS) for variant in VARIANTS]))
-    rows = [dict(**variant._asdict(), runs=of_variant, equal_time=None) for variant, of_variant in zip(VARIANTS, runs)]
+    costs = [cost_of(variant) if variant.timed else None for variant in VARIANTS]
+    rows = [
+        dict(**variant._asdict(), runs=of_variant, cost=cost, equal_time=None)
+        for variant, of_variant, cost in zip(VARIANTS, runs, costs)
+    ]
     results = dict(
         command="python tests/studies/study.py",
         commit=commit,
@@ -311,7 +340,7 @@ def measure() -> Iterator[dict]:
     )
     yield results
     runs_of = {row["name"]: row["runs"] for row in rows}
-    iterations = [iterations_of_equal_time(row["runs"], runs_of[row["against"]]) for row in rows]
+    iterations = [iterations_of_equal_time(row, runs_of[row["against"]]) for row in rows]
     again = [i for i, number in enumerate(iterations) if number]
     for i, of_variant in zip(again, run_all([(VARIANTS[i], iterations[i]) for i in again]), strict=True):
         rows[i]["equal_time"] = of_variant
@@ -352,16 +381,17 @@ def table(results: dict) -> str:
         "",
         "Search: what it reached itself while it collected, in the last five iterations, noise included (where failed"
         " instances come first, on harder ones than elsewhere). Learnt: share of those iterations' decisions that the"
-        " network learnt from. Cost: time of an iteration next to that of the base, evaluation not included, each of"
-        " the fastest tenth of the fastest seed. With 4 simulations of 4 actions each is visited once, so"
-        " `maxvisit_init` and `value_scale` are one factor: `(maxvisit_init + 1) * value_scale`.",
+        " network learnt from. Cost: time of an iteration next to that of the row named under 'against', both going on"
+        " from their last iteration side by side; where none stands, an iteration is the same work. With 4 simulations"
+        " of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
+        " `(maxvisit_init + 1) * value_scale`.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in results["variants"]:
         runs, again, others = variant["runs"], variant["equal_time"], runs_of[variant["against"]]
-        at_equal_time = "not measured" if iterations_of_equal_time(runs, others) else ""
+        at_equal_time = "not measured" if iterations_of_equal_time(variant, others) else ""
         if again:
             at_equal_time = f"{percent(differences(again, others))} ({again[0]['iterations']})"
         cells = [
@@ -374,7 +404,7 @@ def table(results: dict) -> str:
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
             f"{100 * statistics.mean(x['taught'] for x in runs):.0f}",
-            f"{seconds_of(runs) / seconds_of(base):.2f}",
+            f"{variant['cost']:.2f}" if variant["cost"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
