@@ -21,10 +21,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import stats  # Comes with jax.
 
@@ -38,6 +38,7 @@ HERE, RUNS = Path(__file__).parent, ROOT / "checkpoints" / "study"
 SCRIPT = Path(script.__file__)
 RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
 ITERATIONS = 40
+LAST_CHECKPOINT = f"{ITERATIONS}_iterations/BinPack-v2/*/seed_0/*.pkl"
 SEEDS = (0, 1, 2)
 SAME_COST = (0.8, 1.25)  # Times that of what a variant is compared with.
 
@@ -261,44 +262,45 @@ def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
     )
 
 
-def cost_of(variant: Variant) -> float:
-    """Time of an iteration next to that of what it is compared with: both go on from their last checkpoint, side by
-    side, each on a core of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    pair = (variant, next(other for other in VARIANTS if other.name == variant.against))
+def cost_of(variant: Variant, core: int) -> float:
+    """Time of an iteration next to that of what it is compared with: both go on from their last checkpoint and share a
+    core, since cores that others use, too, are not equally fast."""
+    against = next(other for other in VARIANTS if other.name == variant.against)
 
-    def seconds(variant: Variant, core: int) -> float:
-        folder, (newest,) = (
-            RUNS / f"timing_{core}",
-            folder_of(variant).glob(f"{ITERATIONS}_*/BinPack-v2/*/seed_0/*.pkl"),
-        )
+    def seconds(variant: Variant, name: str) -> float:
+        folder, (newest,) = RUNS / f"timing_{core}_{name}", folder_of(variant).glob(LAST_CHECKPOINT)
         shutil.rmtree(folder, ignore_errors=True)
         last = ITERATIONS + 10
         train(variant, folder, core, seed=0, resume=newest, max_num_iters=last, eval_interval=last, save_interval=last)
         rows = rows_of(folder, 0, last)
-        return statistics.median(row["perf/iteration_seconds"] for row in rows[-9:])
+        timed = [row for row in rows if ITERATIONS + 1 < row["iteration"] <= ITERATIONS + 6]  # As long as both run.
+        return statistics.median(row["perf/iteration_seconds"] for row in timed)
 
     with ThreadPoolExecutor(2) as pool:
-        mine, others = pool.map(seconds, pair, (cores[0], cores[-1]))
+        mine, others = pool.map(seconds, (variant, against), ("one", "other"))
     print(f"{variant.question:36} {variant.name:40} {mine:.2f} s beside {others:.2f} s", flush=True)
     return mine / others
 
 
-def run_all(pairs: list[tuple[Variant, int]]) -> Iterator[list[dict]]:
-    """Three seeds of each (variant, iterations), one after the other on one core."""
+def on_all_cores(function: Callable[..., Any], items: list[tuple]) -> Iterator:
+    """function(*item, core) of each item, in order; as many at a time as there are cores."""
     cores = queue.SimpleQueue()
     for core in os.sched_getaffinity(0):
         cores.put(core)
 
-    def seeds_of(pair: tuple[Variant, int]) -> list[dict]:
+    def on_one(item: tuple) -> Any:
         core = cores.get()
         try:
-            return [run(pair[0], seed, pair[1], core) for seed in SEEDS]
+            return function(*item, core)
         finally:
             cores.put(core)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        yield from pool.map(seeds_of, pairs)
+        yield from pool.map(on_one, items)
+
+
+def seeds_of(variant: Variant, iterations: int, core: int) -> list[dict]:
+    return [run(variant, seed, iterations, core) for seed in SEEDS]
 
 
 def iterations_of_equal_time(row: dict, others: list[dict]) -> int | None:
@@ -325,11 +327,12 @@ def measure() -> Iterator[dict]:
     commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
-    runs = list(run_all([(variant, ITERATIONS) for variant in VARIANTS]))
-    costs = [cost_of(variant) if variant.timed else None for variant in VARIANTS]
+    runs = list(on_all_cores(seeds_of, [(variant, ITERATIONS) for variant in VARIANTS]))
+    timed = [variant for variant in VARIANTS if variant.timed]
+    costs = dict(zip(timed, on_all_cores(cost_of, [(variant,) for variant in timed])))
     rows = [
-        dict(**variant._asdict(), runs=of_variant, cost=cost, equal_time=None)
-        for variant, of_variant, cost in zip(VARIANTS, runs, costs)
+        dict(**variant._asdict(), runs=of_variant, cost=costs.get(variant), equal_time=None)
+        for variant, of_variant in zip(VARIANTS, runs)
     ]
     results = dict(
         command="python tests/studies/study.py",
@@ -342,7 +345,7 @@ def measure() -> Iterator[dict]:
     runs_of = {row["name"]: row["runs"] for row in rows}
     iterations = [iterations_of_equal_time(row, runs_of[row["against"]]) for row in rows]
     again = [i for i, number in enumerate(iterations) if number]
-    for i, of_variant in zip(again, run_all([(VARIANTS[i], iterations[i]) for i in again]), strict=True):
+    for i, of_variant in zip(again, on_all_cores(seeds_of, [(VARIANTS[i], iterations[i]) for i in again]), strict=True):
         rows[i]["equal_time"] = of_variant
         yield results
 
@@ -382,8 +385,8 @@ def table(results: dict) -> str:
         "Search: what it reached itself while it collected, in the last five iterations, noise included (where failed"
         " instances come first, on harder ones than elsewhere). Learnt: share of those iterations' decisions that the"
         " network learnt from. Cost: time of an iteration next to that of the row named under 'against', both going on"
-        " from their last iteration side by side; where none stands, an iteration is the same work. With 4 simulations"
-        " of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
+        " from their last iteration side by side on one core; where none stands, an iteration is the same work. With 4"
+        " simulations of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
         " `(maxvisit_init + 1) * value_scale`.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
