@@ -1,6 +1,7 @@
-"""The study's variants fit the training script."""
+"""The study's variants fit the training script, and its table the measured file."""
 
 import ast
+import json
 import sys
 
 import pytest
@@ -20,3 +21,13 @@ def test_a_variant_is_another_run_of_the_preset(variant):
     assert (config != base) == bool(variant.words)
     assert variant is study.VARIANTS[0] or variant.words or variant.lines
     assert variant.against in [other.name for other in study.VARIANTS]
+
+
+def test_the_studys_table_is_made_from_the_committed_file():
+    results = json.loads(study.RESULTS.read_text())
+    assert study.TABLE.read_text() == study.table(results)
+    assert [variant["name"] for variant in results["variants"]] == [variant.name for variant in study.VARIANTS]
+    assert len(results["commit"]) == 40
+    for variant in results["variants"]:
+        for runs in filter(None, (variant["runs"], variant["equal_time"])):
+            assert [run["seed"] for run in runs] == list(study.SEEDS)

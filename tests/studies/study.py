@@ -1,6 +1,6 @@
 """What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
 
-    python tests/studies/study.py            # over two hours on 2 cores; goes on where it was stopped
+    python tests/studies/study.py            # about three hours on 2 cores; goes on where it was stopped
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
