@@ -1,6 +1,7 @@
 """What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
 
     python tests/studies/study.py            # about three hours on 2 cores; goes on where it was stopped
+    python tests/studies/study.py long       # about an hour: what is better at no cost, for as long as the preset runs
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
@@ -30,6 +31,7 @@ from scipy import stats  # Comes with jax.
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import collect_results  # noqa: E402
 from collect_results import mean_and_error  # noqa: E402
 
 import train_search_distill_binpack as script  # noqa: E402
@@ -40,7 +42,7 @@ RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
 ITERATIONS = 40
 LAST_CHECKPOINT = f"{ITERATIONS}_iterations/BinPack-v2/*/seed_0/*.pkl"
 SEEDS = (0, 1, 2)
-SAME_COST = (0.8, 1.25)  # Times that of what a variant is compared with.
+SAME_COST = (0.95, 1.05)  # Times that of what a variant is compared with.
 
 
 class Variant(NamedTuple):
@@ -162,6 +164,7 @@ def simulations(number: int) -> tuple[str, ...]:
     return (f"num_simulations={number}", f"max_num_considered_actions={number}")
 
 
+RESCALED = ("rescale_values=true", "value_scale=0.1")
 # Only here has the value's head a use. A decision costs about as many passes as with completions.
 VALUE_HEAD = ("leaf_value=network", "num_simulations=32", "max_num_considered_actions=16", "min_target_kl=0")
 
@@ -169,7 +172,8 @@ VH, ALL, CONSTANT = "value head, 32 simulations, 16 considered actions", "every 
 
 VARIANTS = [
     Variant("", "base"),
-    Variant("scale of Q", "mctx's own: rescaled, 0.1", ("rescale_values=true", "value_scale=0.1")),
+    Variant("scale of Q", "mctx's own: rescaled, 0.1", RESCALED),
+    Variant("scale of Q", "mctx's own, every decision", (*RESCALED, "min_target_kl=0"), (), ALL),
     Variant("scale of Q", "value_scale=10", ("value_scale=10",)),
     Variant("scale of Q", "maxvisit_init=10, as value_scale=0.11", ("maxvisit_init=10",)),
     Variant("simulations and considered actions", "2 and 2", simulations(2), timed=True),
@@ -189,6 +193,21 @@ VARIANTS = [
     Variant("instances", "failed ones first, of four times as many", (), HARD_INSTANCES, timed=True),
     Variant("network", "two layers", ("num_transformer_layers=2",), timed=True),
 ]  # fmt: skip
+LONG = (CONSTANT, "none")  # Better than base at the same cost by more than chance, if looked at alone.
+BASE_KEYS = (
+    "num_simulations",
+    "max_num_considered_actions",
+    "leaf_value",
+    "rescale_values",
+    "value_scale",
+    "maxvisit_init",
+    "min_target_kl",
+    "num_epochs",
+    "learning_rate",
+    "permute_axes",
+    "gumbel_scale",
+    "num_transformer_layers",
+)  # What the variants change.
 
 
 def folder_of(variant: Variant) -> Path:
@@ -265,6 +284,9 @@ def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:
 def cost_of(variant: Variant, core: int) -> float:
     """Time of an iteration next to that of what it is compared with: both go on from their last checkpoint and share a
     core, since cores that others use, too, are not equally fast."""
+    measured = folder_of(variant) / "cost.json"
+    if measured.exists():
+        return json.loads(measured.read_text())
     against = next(other for other in VARIANTS if other.name == variant.against)
 
     def seconds(variant: Variant, name: str) -> float:
@@ -279,6 +301,7 @@ def cost_of(variant: Variant, core: int) -> float:
     with ThreadPoolExecutor(2) as pool:
         mine, others = pool.map(seconds, (variant, against), ("one", "other"))
     print(f"{variant.question:36} {variant.name:40} {mine:.2f} s beside {others:.2f} s", flush=True)
+    measured.write_text(json.dumps(mine / others))
     return mine / others
 
 
@@ -321,10 +344,19 @@ def cpu_model() -> str:
     return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
 
 
+def made_with(words: str = "") -> dict:
+    """What the figures come from."""
+    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return dict(
+        command=f"python tests/studies/study.py{words}",
+        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        versions=script.library_versions(),
+        device=f"one core of {cpu_model()} for each run",
+    )
+
+
 def measure() -> Iterator[dict]:
     """The results, once all variants have run and again after each that ran at equal wall-clock."""
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for variant in VARIANTS:  # A line that does not fit is found before the first run.
         script_of(variant)
     runs = list(on_all_cores(seeds_of, [(variant, ITERATIONS) for variant in VARIANTS]))
@@ -334,13 +366,7 @@ def measure() -> Iterator[dict]:
         dict(**variant._asdict(), runs=of_variant, cost=costs.get(variant), equal_time=None)
         for variant, of_variant in zip(VARIANTS, runs)
     ]
-    results = dict(
-        command="python tests/studies/study.py",
-        commit=commit,
-        versions=script.library_versions(),
-        device=f"one core of {cpu_model()} for each run",
-        variants=rows,
-    )
+    results = made_with() | dict(variants=rows)
     yield results
     runs_of = {row["name"]: row["runs"] for row in rows}
     iterations = [iterations_of_equal_time(row, runs_of[row["against"]]) for row in rows]
@@ -350,6 +376,15 @@ def measure() -> Iterator[dict]:
         yield results
 
 
+def measure_long() -> dict:
+    """Runs of `LONG` with all iterations of the preset, whose own runs are those of the README."""
+    variants = [variant for variant in VARIANTS if variant.name in LONG]
+    runs = on_all_cores(seeds_of, [(variant, script.PRESETS["cpu"]["max_num_iters"]) for variant in variants])
+    return made_with(" long") | dict(
+        variants=[dict(**variant._asdict(), runs=found) for variant, found in zip(variants, runs)]
+    )
+
+
 def percent(values: list[float]) -> str:
     return "{:.2f} ± {:.2f}".format(*mean_and_error([100 * x for x in values]))
 
@@ -357,37 +392,56 @@ def percent(values: list[float]) -> str:
 def table(results: dict) -> str:
     """One line a variant: means over seeds, and paired differences with their standard errors."""
     runs_of = {variant["name"]: variant["runs"] for variant in results["variants"]}
-    base = runs_of["base"]
+    base, preset = runs_of["base"], script.PRESETS["cpu"]
+    config = script.Config(**preset).model_dump(mode="json")
+    settings = [f"{key}={config[key]}".replace("True", "true").replace("False", "false") for key in BASE_KEYS]
+    rows = [
+        (row, row[runs], runs_of[row["against"]]) for row in results["variants"][1:] for runs in ("runs", "equal_time")
+    ]
+    rows = [(row, runs, others) for row, runs, others in rows if runs]
+    trained = [x for x in rows if x[1][0]["search"] != x[2][0]["search"]]  # Not those that only play otherwise.
+    decisions = [
+        statistics.mean(run["decisions"] for run in row["runs"]) / statistics.mean(run["decisions"] for run in others)
+        for row, _, others in rows
+    ]
 
-    errors = [mean_and_error(differences(x["runs"], runs_of[x["against"]]))[1] for x in results["variants"][1:]]
-    pooled = math.sqrt(statistics.mean(error**2 for error in errors))
-
-    def quantile(comparisons: int) -> float:
-        """Of Student's t, two-sided 5 % shared by so many comparisons (Bonferroni)."""
-        return stats.t.ppf(1 - 0.025 / comparisons, len(errors) * (len(SEEDS) - 1))
+    def chance(of_value_head: bool) -> str:
+        """The error pooled over such rows, and the differences beyond chance (Student's t; Bonferroni)."""
+        chosen = [x for x in trained if ("leaf_value=network" in x[0]["words"]) == of_value_head]
+        errors = [mean_and_error(differences(runs, others))[1] for _, runs, others in chosen]
+        pooled = 100 * math.sqrt(statistics.mean(error**2 for error in errors))
+        limits = [stats.t.ppf(1 - 0.025 / n, len(errors) * (len(SEEDS) - 1)) * pooled for n in (1, len(rows))]
+        return "{:.2f} ({:.2f}, {:.2f})".format(pooled, *limits)
 
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
         f"`{results['command']}`, commit {results['commit'][:12]}, {results['device']}. {base[0]['iterations']}"
-        " iterations of 64 episodes with the learning rate decaying as late, seeds"
-        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances: what tells early; the preset's"
-        f" {script.PRESETS['cpu']['max_num_iters']} iterations may rank close ones otherwise.",
+        " iterations of 64 episodes, over which the learning rate decays, seeds"
+        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. This is the early part of"
+        f" learning; the preset's {preset['max_num_iters']} iterations may order close ones otherwise. Base is"
+        f" `{' '.join(settings)}`, with the learning rate decaying to zero on a cosine.",
         "",
-        "Utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs with the"
-        " same seed, from the row named under 'against', at equal numbers of episodes. Where time could turn the order"
+        "Network: utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs"
+        " with the same seed, from the row named under 'against', at equal numbers of episodes (decisions differ by"
+        f" {100 * (min(decisions) - 1):+.0f} to {100 * (max(decisions) - 1):+.0f} %). Where time could turn the order"
         " round, also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice"
         f" that costs more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as"
-        f" much. The error of one row is itself uncertain; pooled over all differences it is {100 * pooled:.2f}. Beyond"
-        f" {quantile(1):.1f} of it a difference is more than chance at the 5 % level if it is the only one looked at,"
-        f" beyond {quantile(len(errors)):.1f} if it is picked from all {len(errors)}.",
+        " much. The error of one difference, of three seeds, is itself uncertain. Pooled over all of them it is"
+        f" {chance(False)}, where the value head is searched {chance(True)}: in brackets what is more than chance at"
+        f" the 5 % level if it is the only one looked at, and if it is picked from all {len(rows)}.",
         "",
-        "Search: what it reached itself while it collected, in the last five iterations, noise included (where failed"
-        " instances come first, on harder ones than elsewhere). Learnt: share of those iterations' decisions that the"
-        " network learnt from. Cost: time of an iteration next to that of the row named under 'against', both going on"
-        " from their last iteration side by side on one core; where none stands, an iteration is the same work. With 4"
-        " simulations of 4 actions each is visited once, so `maxvisit_init` and `value_scale` are one factor:"
-        " `(maxvisit_init + 1) * value_scale`.",
+        "Filled: containers filled completely, in %. Search: utilisation of the search itself in % while it collected,"
+        " in the last five iterations, noise included (where failed instances come first, on harder ones than"
+        " elsewhere). Learnt: share in % of those iterations' decisions that the network learnt from. Cost: time of an"
+        " iteration next to that of the row named under 'against', both going on from their last iteration side by side"
+        " on one core; where none stands, an iteration is the same work.",
+        "",
+        "Three things to know. Q is the value of an action in the search; `value_scale` says how far it moves the"
+        " policy, and where each action is visited once, as by 4 simulations of 4 actions, `maxvisit_init` and"
+        " `value_scale` are one factor, `(maxvisit_init + 1) * value_scale`. The value head is searched with more"
+        " simulations and actions than completions, since it costs less to ask: three keys differ. Decisions of earlier"
+        " iterations are learnt from as they were chosen then, whatever the network knows by now.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -410,14 +464,43 @@ def table(results: dict) -> str:
             f"{variant['cost']:.2f}" if variant["cost"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if "long" in results:
+        lines += ["", *long_table(results["long"])]
     return "\n".join(lines) + "\n"
 
 
+def long_table(results: dict) -> list[str]:
+    """The same of the runs with all iterations, against those of the README."""
+    groups = {group["method"]: group for group in json.loads(collect_results.RESULTS.read_text())["groups"]}
+    base = [
+        dict(greedy=run["last"]["eval/greedy/avg_return"], filled=run["last"]["eval/greedy/solved_rate"])
+        for run in groups["search_distill"]["runs"]
+    ]
+    lines = [
+        f"What was better at no cost, with all {results['variants'][0]['runs'][0]['iterations']} iterations of the"
+        f" preset: `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs"
+        " are those of `tests/results/cpu_preset.json`.",
+        "",
+        "| question | choice | network | difference | filled |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [dict(question="", name="base", runs=base), *results["variants"]]
+    for row in rows:
+        network, filled = (percent([run[key] for run in row["runs"]]) for key in ("greedy", "filled"))
+        difference = "" if row["runs"] is base else percent(differences(row["runs"], base))
+        lines.append(f"| {row['question']} | {row['name']} | {network} | {difference} | {filled} |")
+    return lines
+
+
 def main(argv: list[str]) -> int:
-    if argv not in ([], ["table"]):
-        print(f"error: expected nothing or table, got {' '.join(argv)}", file=sys.stderr)
+    if argv not in ([], ["long"], ["table"]):
+        print(f"error: expected nothing, long or table, got {' '.join(argv)}", file=sys.stderr)
         return 2
-    for results in () if argv else measure():
+    if argv == ["long"]:
+        found = [json.loads(RESULTS.read_text()) | dict(long=measure_long())]
+    else:
+        found = () if argv else measure()
+    for results in found:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     TABLE.write_text(table(json.loads(RESULTS.read_text())))
     return 0
