@@ -416,7 +416,8 @@ def table(results: dict) -> str:
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
-        f"`{results['command']}`, commit {results['commit'][:12]}, {results['device']}. {base[0]['iterations']}"
+        f"`{results['command']}`, commit {results['commit'][:12]} (with runs of earlier ones that had the same script),"
+        f" {results['device']}. {base[0]['iterations']}"
         " iterations of 64 episodes, over which the learning rate decays, seeds"
         f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. This is the early part of"
         f" learning; the preset's {preset['max_num_iters']} iterations may order close ones otherwise. Base is"
@@ -438,7 +439,7 @@ def table(results: dict) -> str:
         " on one core; where none stands, an iteration is the same work.",
         "",
         "Three things to know. Q is the value of an action in the search; `value_scale` says how far it moves the"
-        " policy, and where each action is visited once, as by 4 simulations of 4 actions, `maxvisit_init` and"
+        " policy, and where each action is visited once, as by 4 simulations of 4 legal actions, `maxvisit_init` and"
         " `value_scale` are one factor, `(maxvisit_init + 1) * value_scale`. The value head is searched with more"
         " simulations and actions than completions, since it costs less to ask: three keys differ. Decisions of earlier"
         " iterations are learnt from as they were chosen then, whatever the network knows by now.",
