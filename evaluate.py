@@ -4,7 +4,7 @@
     python evaluate.py CHECKPOINT OTHER policy=greedy,search,best_of_n json=scores.json
     python evaluate.py policy=random,largest_first,lookahead            # the floors, without a checkpoint
     python evaluate.py CHECKPOINT OTHER render=episode.gif              # one instance, side by side
-    python evaluate.py RUN_FOLDER... policy=[] curves=curves.png        # learning curves, seeds as bands
+    python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, seeds as bands
     python evaluate.py --help
 
 A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. In a notebook:

@@ -3,9 +3,9 @@ from it and `tests/results/floors.json`, and its tables of speeds and of faults.
 
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
-takes a description of the machine and a folder of each method that holds `seed_*`. The best run of each becomes
-`checkpoints/METHOD_cpu.pkl`. A method that no folder has stays as it is; hours are compared where both methods had the
-same machine.
+takes a description of the machine and a folder of each method that holds `seed_*`. What another machine found stays
+beside it, and the tables are over the runs of all: where numbers are rounded otherwise, a seed is another run. The best
+run of each method becomes `checkpoints/METHOD_cpu.pkl`.
 Without arguments only the tables and the curves are made. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
@@ -14,6 +14,16 @@ the figures of the shipped checkpoints with search on top from
 
     python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl policy=greedy,search \
         json=tests/results/checkpoints.json
+
+and on instances that no choice was made on from
+
+    python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl seed=7 num_episodes=4096 \
+        json=tests/results/fresh_instances.json
+
+those of PPO with as many decisions as search distillation from three runs
+
+    python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
+    python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
 
 the table of speeds from tests/benchmarks/throughput.py, that of faults from tests/measure_reliability.py.
 """
@@ -32,6 +42,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 SHIPPED = ROOT / "tests" / "results" / "checkpoints.json"
+FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
+EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
@@ -41,6 +53,7 @@ FLOOR_LABELS = {
     "largest_first": "largest item into the smallest space",
     "lookahead": "one-ply look-ahead with that rule, 16 actions",
 }
+MAX_DECISIONS = 19  # Of an episode.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
 METHODS = {"search_distill": "search distillation", "ppo": "PPO"}
@@ -84,36 +97,45 @@ def collect(folder: Path) -> dict:
     return dict(command=command, method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs)
 
 
-def ship(folder: Path) -> None:
-    """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it."""
+def of_method(results: dict, method: str) -> list[dict]:
+    """The runs of all machines."""
+    return [run for group in results["groups"] if group["method"] == method for run in group["runs"]]
+
+
+def utilisation(run: dict) -> float:
+    """Of the network alone, at the end."""
+    return run["last"]["eval/greedy/avg_return"]
+
+
+def ship(folder: Path, group: dict, results: dict) -> None:
+    """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it, unless another
+    machine has a better one."""
     import evaluate
 
-    def last(run_dir: Path) -> dict:
-        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-
-    best = max(folder.glob("seed_*"), key=lambda run_dir: last(run_dir)["eval/greedy/avg_return"])
-    contents = evaluate.search_distill.read_checkpoint(evaluate.load_checkpoint(best).path)
+    best = max(group["runs"], key=utilisation)
+    if utilisation(best) < max(map(utilisation, of_method(results, group["method"]))):
+        return
+    contents = evaluate.search_distill.read_checkpoint(evaluate.load_checkpoint(folder / f"seed_{best['seed']}").path)
     name = f"{contents['method']}_cpu.pkl"
     evaluate.search_distill.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": []})
 
 
-def at(run: dict, key: str, value: float) -> float:
-    """Utilisation of the network alone when decisions or hours have a value, on the line between two evaluations."""
-    if value < run["curve"][0][key]:
-        raise ValueError(f"expected {key} from the first evaluation on, {run['curve'][0][key]}, got {value}")
+def at(run: dict, hours: float) -> float:
+    """Utilisation of the network alone after so many hours, on the line between two evaluations."""
+    if hours < run["curve"][0]["hours"]:
+        raise ValueError(f"expected hours from the first evaluation on, {run['curve'][0]['hours']}, got {hours}")
     for before, after in zip(run["curve"], run["curve"][1:]):
-        if before[key] <= value <= after[key]:
-            share = (value - before[key]) / (after[key] - before[key])
+        if before["hours"] <= hours <= after["hours"]:
+            share = (hours - before["hours"]) / (after["hours"] - before["hours"])
             return before["utilisation"] + share * (after["utilisation"] - before["utilisation"])
     return run["curve"][-1]["utilisation"]
 
 
-def table(results: dict, floors: dict, benchmark: dict, scores: dict) -> str:
+def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dict, equal_decisions: dict) -> str:
     """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
-    devices = dict.fromkeys(group["device"] for group in results["groups"])
-    machine = f", {next(iter(devices))}" if len(devices) == 1 else ""  # Of several, each row names its own.
+    devices = list(dict.fromkeys(group["device"] for group in results["groups"]))
     lines = [
-        f"| `preset=cpu`{machine} | decisions | minutes | utilisation | filled completely |",
+        f"| `preset=cpu`, {' or '.join(devices)} | decisions | minutes | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -121,10 +143,10 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict) -> str:
         lines.append(
             f"| {FLOOR_LABELS[row['policy']]} | | | {mean:.2f} ± {error:.2f} % | {100 * row['solved_rate']:.1f} % |"
         )
-    for group in results["groups"]:
-        runs, config = group["runs"], group["config"]
+    configs = {group["method"]: group["config"] for group in results["groups"]}
+    for method, config in configs.items():
+        runs = of_method(results, method)
         decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
-        method = METHODS[group["method"]] + ("" if machine else f" ({group['device']})")
         cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
         simulations = config.get("eval_num_simulations")
         for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
@@ -132,35 +154,40 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict) -> str:
                 continue
             mean, error = mean_and_error([100 * run["last"][f"eval/{name}/avg_return"] for run in runs])
             solved, solved_error = mean_and_error([100 * run["last"][f"eval/{name}/solved_rate"] for run in runs])
-            figures = f"{mean:.2f} ± {error:.2f} % | {solved:.1f} ± {solved_error:.1f} %"
-            lines.append(f"| {method}, {label} | {cost} | {figures} |")
+            digits = 2 if error >= 0.005 else 3
+            figures = f"{mean:.{digits}f} ± {error:.{digits}f} % | {solved:.1f} ± {solved_error:.1f} %"
+            lines.append(f"| {METHODS[method]}, {label} | {cost} | {figures} |")
     errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
     least, most = min(errors), max(errors)
-    commands = " and ".join(f"`{group['command']}`" for group in results["groups"])
+    commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
     seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
+    on_each = ", on each of the machines, which round differently" if len(devices) > 1 else ""
     return "\n".join(
         [
             *lines,
             "",
-            f"± is the standard error over seeds {seeds} (for the rules: over instances). The error of a network's mean"
-            f" over instances is {least:.2f} to {most:.2f} %. {sentences(results, benchmark)}",
+            f"± is the standard error over seeds {seeds}{on_each} (for the rules: over instances). The error of a"
+            f" network's mean over instances is {least:.2f} to {most:.2f} %."
+            f" {sentences(results, benchmark, equal_decisions)}",
             "",
-            f"These are figures of `tests/results/cpu_preset.json`, which has commands, commits, versions and curves:"
-            f" {commands}, collected by `tests/collect_results.py`.",
+            f"The networks' figures and curves are those of {commands}, collected by `tests/collect_results.py` into"
+            " `tests/results/cpu_preset.json`. The rules' are in `floors.json` beside it, those below in"
+            " `checkpoints.json` and `fresh_instances.json`. Each file says by which command, commit and versions it"
+            " was made.",
             "",
-            f"`checkpoints/` has the best run of each, {shipped(results)}. {with_search(scores)}",
+            f"`checkpoints/` has the best run of each, {shipped(results)}. {on_fresh_instances(fresh)}"
+            f" {with_search(scores)}",
         ]
     )
 
 
 def shipped(results: dict) -> str:
     """The seed and the figure of the network alone of each method's best run."""
-    groups = {group["method"]: group["runs"] for group in results["groups"]}
     found = []
     for method in METHODS:
-        run = max(groups[method], key=lambda run: run["last"]["eval/greedy/avg_return"])
-        figure = 100 * run["last"]["eval/greedy/avg_return"]
-        found.append(f"`{method}_cpu.pkl` (seed {run['seed']}, network alone {figure:.2f} %)")
+        run = max(of_method(results, method), key=utilisation)
+        name = f"{method}_cpu.pkl"
+        found.append(f"`{name}` (seed {run['seed']}, network alone {100 * utilisation(run):.2f} %)")
     return " and ".join(found)
 
 
@@ -178,34 +205,50 @@ def with_search(scores: dict) -> str:
     )
 
 
-def sentences(results: dict, benchmark: dict) -> str:
+def on_fresh_instances(scores: dict) -> str:
+    """What both shipped networks reach on instances that no choice was made on, and their paired difference."""
+    first, second = scores["rows"]
+    figures = [f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %" for row in (first, second)]
+    mean, low, high = (100 * x for x in second["difference"])
+    return (
+        f"On {scores['num_episodes']:,} other instances (`seed={scores['seed']}`), by which nothing was chosen, the"
+        f" networks alone reach {' and '.join(figures)}; the paired difference is {-mean:.2f} %, its 95 % interval"
+        f" [{-high:.2f}, {-low:.2f}]."
+    )
+
+
+def sentences(results: dict, benchmark: dict, equal_decisions: dict) -> str:
     """What the curves say of time and decisions, below the table."""
-    groups = {group["method"]: group["runs"] for group in results["groups"]}
-    devices = {group["method"]: group["device"] for group in results["groups"]}
-    search, ppo = groups["search_distill"], groups["ppo"]
+    search = of_method(results, "search_distill")
     played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
-    moves = benchmark["phases"]["batched_steps"] * results["groups"][0]["config"]["rollout_batch_size"] / played
+    tried = benchmark["phases"]["batched_steps"] - MAX_DECISIONS  # Steps of a batch, less those that are played.
+    moves = tried * results["groups"][0]["config"]["rollout_batch_size"] / played
 
-    def at_equal(key: str) -> str:
-        value = min(run["curve"][-1][key] for run in search + ppo)
-        means = (mean_and_error([100 * at(run, key, value) for run in runs]) for runs in (search, ppo))
-        name = f"wall-clock, {60 * value:.1f} minutes" if key == "hours" else f"decisions, {round(value, -3):,.0f}"
-        figures = "search distillation {:.2f} ± {:.2f} %, PPO {:.2f} ± {:.2f} %".format(*(x for m in means for x in m))
-        return f"at equal {name}: {figures}"
-
+    of_ppo, error = mean_and_error([100 * row["avg_return"] for row in equal_decisions["rows"]])
     minutes = 60 * max(run["curve"][0]["hours"] for run in search)
     least = 100 * min(run["curve"][0]["utilisation"] for run in search)
     text = (
         f"Decisions are moves that were played; the search tries {moves:.0f} more for each, which the minutes count."
         " Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
         f" from the cache), evaluation is not. At its first evaluation, after {minutes:.1f} minutes, the network of"
-        f" search distillation packs at least {least:.1f} % with every seed. The networks alone"
+        f" search distillation packs at least {least:.1f} % with every seed."
     )
-    if devices["search_distill"] == devices["ppo"]:
-        text += f" {at_equal('hours')};"
+    runs_of = {(group["method"], group["device"]): group["runs"] for group in results["groups"]}
+    limits, then = [], {method: [] for method in METHODS}
+    for device in dict.fromkeys(device for _, device in runs_of):  # Hours are those of one machine.
+        of_device = {method: runs_of.get((method, device)) for method in METHODS}
+        if all(of_device.values()):
+            limit = min(run["curve"][-1]["hours"] for runs in of_device.values() for run in runs)
+            limits.append(f"{60 * limit:.1f}")
+            for method, runs in of_device.items():
+                then[method] += [100 * at(run, limit) for run in runs]
+    if limits:
+        figures = ("{} {:.2f} ± {:.2f} %".format(METHODS[method], *mean_and_error(then[method])) for method in METHODS)
+        text += f" The networks alone at equal wall-clock, {' or '.join(limits)} minutes: {', '.join(figures)}."
     return (
-        f"{text} {at_equal('decisions')} (the longer run's learning rate has not decayed by then). With search on top,"
-        " the better of two episodes counts (the network's and the search's)."
+        f"{text} With as many decisions as search distillation, and its learning rate decaying over them, PPO reaches"
+        f" {of_ppo:.2f} ± {error:.2f} % (`tests/results/ppo_equal_decisions.json`). With search on top, the better of"
+        " two episodes counts (the network's and the search's)."
     )
 
 
@@ -219,8 +262,9 @@ def speed(benchmark: dict) -> str:
     share = lambda seconds: f"{100 * seconds / whole:.0f} %"  # noqa: E731
     unexplained = whole - phases["collect"] - phases["gradient_steps"]
     sentences = [
-        "Of the arms, *800-wide search* keeps all 800 actions in the tree's nodes; *host-side shuffling* gathers the",
-        "minibatches with numpy, which costs nothing where host and device share a memory; *every pass at full size*",
+        "Of the arms, *Jumanji's EMS update* is its own loop over the empty maximal spaces; *800-wide search* keeps",
+        "all 800 actions in the tree's nodes; *host-side shuffling* gathers the minibatches with numpy, which costs",
+        "nothing where host and device share a memory; *every pass at full size*",
         f"takes all 40 spaces and 20 items, whatever is legal. An iteration takes {whole:.1f} s. Timed by themselves,",
         f"the search's network passes are {share(phases['network'])} of it, environment steps",
         f"{share(phases['environment'])}, gradient steps {share(phases['gradient_steps'])}, the search's trees and",
@@ -252,10 +296,12 @@ def reliability(found: dict) -> str:
 
 def tables() -> dict[str, str]:
     """The README's tables by name, from the committed files."""
-    files = (RESULTS, FLOORS, BENCHMARK, SHIPPED, RELIABILITY)
-    results, floors, benchmark, scores, faults = (json.loads(path.read_text()) for path in files)
+    read = lambda path: json.loads(path.read_text())  # noqa: E731
+    benchmark = read(BENCHMARK)
     return dict(
-        results=table(results, floors, benchmark, scores), speed=speed(benchmark), reliability=reliability(faults)
+        results=table(read(RESULTS), read(FLOORS), benchmark, read(SHIPPED), read(FRESH), read(EQUAL_DECISIONS)),
+        speed=speed(benchmark),
+        reliability=reliability(read(RELIABILITY)),
     )
 
 
@@ -276,14 +322,11 @@ def draw(results: dict) -> None:
     sys.path.insert(0, str(ROOT))
     import evaluate
 
-    several = len({group["device"] for group in results["groups"]}) > 1
     evaluate.draw_curves(
         str(CURVES),
         {
-            METHODS[group["method"]] + (f", {group['device']}" if several else ""): [
-                np.array([[point[key] for key in CURVE] for point in run["curve"]]) for run in group["runs"]
-            ]
-            for group in results["groups"]
+            name: [np.array([[point[key] for key in CURVE] for point in run["curve"]]) for run in runs]
+            for name, runs in ((name, of_method(results, method)) for method, name in METHODS.items())
         },
     )
 
@@ -295,11 +338,12 @@ def main(argv: list[str]) -> None:
         methods = [group["method"] for group in groups]
         if len(set(methods)) < len(methods):
             sys.exit(f"expected one folder of each method, got those of {', '.join(methods)}")
-        for folder in folders:
-            ship(Path(folder))
-        groups += [group for group in json.loads(RESULTS.read_text())["groups"] if group["method"] not in methods]
-        groups.sort(key=lambda group: [*METHODS].index(group["method"]))
-        RESULTS.write_text(json.dumps(dict(groups=groups), indent=1) + "\n")
+        old = json.loads(RESULTS.read_text())["groups"]
+        old = [group for group in old if group["device"] != device or group["method"] not in methods]
+        results = dict(groups=sorted(old + groups, key=lambda group: [*METHODS].index(group["method"])))
+        for folder, group in zip(folders, groups):
+            ship(Path(folder), group, results)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
     draw(json.loads(RESULTS.read_text()))

@@ -131,6 +131,14 @@ def test_the_tables_are_made_from_the_committed_files():
     assert floors["num_episodes"] == 1024 and floors["seed"] == script.Config().eval_seed
 
 
+def test_curves_are_read_between_their_evaluations():
+    points = [dict(hours=hours, decisions=0, utilisation=value) for hours, value in ((1, 0.5), (2, 0.7), (4, 0.9))]
+    run = dict(curve=points)
+    assert [collect_results.at(run, hours) for hours in (1, 1.5, 3, 4, 5)] == pytest.approx([0.5, 0.6, 0.8, 0.9, 0.9])
+    with pytest.raises(ValueError, match="first evaluation"):
+        collect_results.at(run, 0.9)
+
+
 def test_requirements_and_versions_in_use_agree():
     """The packages that the tests run with lie within the bounds that the requirements state."""
     from importlib import metadata

@@ -472,23 +472,24 @@ def table(results: dict) -> str:
 
 def long_table(results: dict) -> list[str]:
     """The same of the runs with all iterations, against those of the README."""
-    groups = {group["method"]: group for group in json.loads(collect_results.RESULTS.read_text())["groups"]}
     base = [
         dict(greedy=run["last"]["eval/greedy/avg_return"], filled=run["last"]["eval/greedy/solved_rate"])
-        for run in groups["search_distill"]["runs"]
+        for run in collect_results.of_method(json.loads(collect_results.RESULTS.read_text()), "search_distill")
     ]
     lines = [
         f"What was better at no cost, with all {results['variants'][0]['runs'][0]['iterations']} iterations of the"
         f" preset: `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs"
-        " are those of `tests/results/cpu_preset.json`.",
+        f" are the {len(base)} of `tests/results/cpu_preset.json`; means are compared, not runs of the same seed.",
         "",
         "| question | choice | network | difference | filled |",
         "|---|---|---|---|---|",
     ]
     rows = [dict(question="", name="base", runs=base), *results["variants"]]
+    mean, error = mean_and_error([100 * run["greedy"] for run in base])
     for row in rows:
         network, filled = (percent([run[key] for run in row["runs"]]) for key in ("greedy", "filled"))
-        difference = "" if row["runs"] is base else percent(differences(row["runs"], base))
+        here, its_error = mean_and_error([100 * run["greedy"] for run in row["runs"]])
+        difference = "" if row["runs"] is base else f"{here - mean:.2f} ± {math.hypot(error, its_error):.2f}"
         lines.append(f"| {row['question']} | {row['name']} | {network} | {difference} | {filled} |")
     return lines
 
