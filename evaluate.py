@@ -4,7 +4,7 @@
     python evaluate.py CHECKPOINT OTHER policy=greedy,search,best_of_n json=scores.json
     python evaluate.py policy=random,largest_first,lookahead            # the floors, without a checkpoint
     python evaluate.py CHECKPOINT OTHER render=episode.gif              # one instance, side by side
-    python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, seeds as bands
+    python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, runs as bands
     python evaluate.py --help
 
 A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. In a notebook:
@@ -76,7 +76,7 @@ with warnings.catch_warnings():
         json: OutputPath = Field("", description="file for the table's figures and each instance's utilisation")
         render: OutputPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
         instance: Annotated[int, Field(ge=0)] = Field(0, description="number of the instance to render")
-        curves: OutputPath = Field("", description=".png of the runs' learning curves: means, and bands over seeds")
+        curves: OutputPath = Field("", description=".png of the learning curves: means, bands over runs of a folder")
 
         @field_validator("policy", mode="before")
         @classmethod
@@ -483,7 +483,7 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
             low, high = max(curve[0, column] for curve in curves), min(curve[-1, column] for curve in curves)
             grid = grid[(grid >= low) & (grid <= high)]
             lines = [np.interp(grid, curve[:, column], curve[:, 2]) for curve in curves]
-            (line,) = ax.plot(grid, np.mean(lines, 0), label=f"{name} ({len(lines)} seed{'s' * (len(lines) > 1)})")
+            (line,) = ax.plot(grid, np.mean(lines, 0), label=f"{name} ({len(lines)} run{'s' * (len(lines) > 1)})")
             ax.fill_between(grid, np.min(lines, 0), np.max(lines, 0), color=line.get_color(), alpha=0.2)
         ax.set(xlabel=label)
         ax.grid(alpha=0.3)

@@ -161,7 +161,7 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dic
     least, most = min(errors), max(errors)
     commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
     seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
-    on_each = ", on each of the machines, which round differently" if len(devices) > 1 else ""
+    on_each = " on each of the machines, which round differently: each gives other runs" if len(devices) > 1 else ""
     return "\n".join(
         [
             *lines,
