@@ -108,6 +108,7 @@ class Checkpoint:
     path: Path
     method: str  # "search_distill" or "ppo"
     iteration: int
+    frames: int  # decisions played to learn from
     config: RunConfig  # the training script's `Config`
     params: dict = dataclasses.field(repr=False)  # Haiku parameters, numpy arrays
     state: dict = dataclasses.field(repr=False)  # Haiku state
@@ -179,7 +180,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except (UsageError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
         raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
-    return Checkpoint(path.absolute(), contents["method"], contents["iteration"], config, params, state)
+    return Checkpoint(
+        path.absolute(), contents["method"], contents["iteration"], contents["frames"], config, params, state
+    )
 
 
 # ======================================================================================================================
@@ -560,6 +563,9 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
         row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"]) if rows else episodes.returns)
         if name == "search":
             row["search"] = settings[checkpoint].model_dump(mode="json", include=SEARCH_KEYS)
+        if checkpoint:
+            training = dict(method=checkpoint.method, iteration=checkpoint.iteration, frames=checkpoint.frames)
+            row["training"] = training | dict(config=checkpoint.config.model_dump(mode="json"))
         rows.append(row)
         if config.render and len(pictures) < 2:
             played = (play_states(env, policy, model, keys[config.instance]) for policy, model in pairs)

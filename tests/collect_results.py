@@ -56,6 +56,7 @@ FLOOR_LABELS = {
 MAX_DECISIONS = 19  # Of an episode.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
+PLAY = ".venv/bin/python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
 METHODS = {"search_distill": "search distillation", "ppo": "PPO"}
 
 
@@ -107,6 +108,14 @@ def utilisation(run: dict) -> float:
     return run["last"]["eval/greedy/avg_return"]
 
 
+def by_device(results: dict) -> dict[str, dict[str, list[dict]]]:
+    """The runs of each machine and method, in the order of the tables."""
+    found = {group["device"]: {} for group in results["groups"]}
+    for group in results["groups"]:
+        found[group["device"]][group["method"]] = group["runs"]
+    return found
+
+
 def ship(folder: Path, group: dict, results: dict) -> None:
     """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it, unless another
     machine has a better one."""
@@ -132,10 +141,10 @@ def at(run: dict, hours: float) -> float:
 
 
 def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dict, equal_decisions: dict) -> str:
-    """The README's table: mean and standard error over seeds; the floors have theirs over instances."""
-    devices = list(dict.fromkeys(group["device"] for group in results["groups"]))
+    """The README's table and what belongs to it."""
+    devices = by_device(results)
     lines = [
-        f"| `preset=cpu`, {' or '.join(devices)} | decisions | minutes | utilisation | filled completely |",
+        f"| `preset=cpu`, {' / '.join(devices)} | decisions | minutes | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -146,8 +155,13 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dic
     configs = {group["method"]: group["config"] for group in results["groups"]}
     for method, config in configs.items():
         runs = of_method(results, method)
-        decisions, hours = (sum(run["curve"][-1][key] for run in runs) / len(runs) for key in ("decisions", "hours"))
-        cost = f"{round(decisions, -3):,.0f} | {60 * hours:.1f}"
+        decisions = statistics.mean(run["curve"][-1]["decisions"] for run in runs)
+        minutes = [
+            60 * statistics.mean(run["curve"][-1]["hours"] for run in of_device[method])
+            for of_device in devices.values()
+            if method in of_device
+        ]
+        cost = f"{round(decisions, -3):,.0f} | {' / '.join(f'{x:.1f}' for x in minutes)}"
         simulations = config.get("eval_num_simulations")
         for name, label in (("greedy", "network alone"), ("search", f"with {simulations}-simulation search on top")):
             if f"eval/{name}/avg_return" not in runs[0]["last"]:
@@ -157,51 +171,58 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dic
             digits = 2 if error >= 0.005 else 3
             figures = f"{mean:.{digits}f} ± {error:.{digits}f} % | {solved:.1f} ± {solved_error:.1f} %"
             lines.append(f"| {METHODS[method]}, {label} | {cost} | {figures} |")
-    errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
-    least, most = min(errors), max(errors)
-    commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
-    seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
-    on_each = " on each of the machines, which round differently: each gives other runs" if len(devices) > 1 else ""
     return "\n".join(
         [
             *lines,
             "",
-            f"± is the standard error over seeds {seeds}{on_each} (for the rules: over instances). The error of a"
-            f" network's mean over instances is {least:.2f} to {most:.2f} %."
-            f" {sentences(results, benchmark, equal_decisions)}",
-            "",
-            f"The networks' figures and curves are those of {commands}, collected by `tests/collect_results.py` into"
-            " `tests/results/cpu_preset.json`. The rules' are in `floors.json` beside it, those below in"
-            " `checkpoints.json` and `fresh_instances.json`. Each file says by which command, commit and versions it"
-            " was made.",
+            *(f"- {text}" for text in notes(results, benchmark, equal_decisions)),
             "",
             f"`checkpoints/` has the best run of each, {shipped(results)}. {on_fresh_instances(fresh)}"
-            f" {with_search(scores)}",
+            f" {with_search(scores)} To play all of these again:",
+            "",
+            "```bash",
+            f"{PLAY}    # the networks alone, half a minute",
+            *(f"{PLAY} {words(played)}" for played in (scores, fresh)),
+            "```",
         ]
     )
+
+
+def words(scores: dict) -> str:
+    """What the command of such figures says beside the checkpoints and the file."""
+    _, _, text = scores["command"].partition("ppo_cpu.pkl ")
+    return text.rpartition(" json=")[0]
 
 
 def shipped(results: dict) -> str:
     """The seed and the figure of the network alone of each method's best run."""
     found = []
     for method in METHODS:
-        run = max(of_method(results, method), key=utilisation)
-        name = f"{method}_cpu.pkl"
-        found.append(f"`{name}` (seed {run['seed']}, network alone {100 * utilisation(run):.2f} %)")
+        runs = [(run, device) for device, of_device in by_device(results).items() for run in of_device.get(method, [])]
+        run, device = max(runs, key=lambda found: utilisation(found[0]))
+        found.append(
+            f"`{method}_cpu.pkl` (seed {run['seed']}, network alone {100 * utilisation(run):.2f} %, on {device})"
+        )
     return " and ".join(found)
+
+
+def paired(row: dict, other: dict) -> str:
+    """Mean difference over instances and its 95 % interval, percentage points."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+
+    mean, low, high = (100 * x for x in evaluate.difference(np.array(row["returns"]), np.array(other["returns"])))
+    return f"{mean:.2f} percentage points, 95 % interval [{low:.2f}, {high:.2f}]"
 
 
 def with_search(scores: dict) -> str:
     """What both shipped networks reach with search on top."""
-    found = [
-        f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} % with {row['checkpoint']}"
-        for row in scores["rows"]
-        if row["policy"] == "search"
-    ]
+    first, second = (row for row in scores["rows"] if row["policy"] == "search")
+    figures = [f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %" for row in (first, second)]
     return (
-        f"With the same {scores['num_simulations']}-simulation search on top they reach {' and '.join(found)} (± over"
-        " instances): exact completions make up for the weaker network, and what distillation buys shows where the"
-        " network plays alone."
+        f"With the same {scores['num_simulations']}-simulation search on top both come close to the end of the scale,"
+        f" {' and '.join(figures)} on the {scores['num_episodes']:,} instances of the table (difference"
+        f" {paired(first, second)})."
     )
 
 
@@ -209,47 +230,72 @@ def on_fresh_instances(scores: dict) -> str:
     """What both shipped networks reach on instances that no choice was made on, and their paired difference."""
     first, second = scores["rows"]
     figures = [f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %" for row in (first, second)]
-    mean, low, high = (100 * x for x in second["difference"])
     return (
-        f"On {scores['num_episodes']:,} other instances (`seed={scores['seed']}`), by which nothing was chosen, the"
-        f" networks alone reach {' and '.join(figures)}; the paired difference is {-mean:.2f} %, its 95 % interval"
-        f" [{-high:.2f}, {-low:.2f}]."
+        f"On {scores['num_episodes']:,} instances (`seed={scores['seed']}`) by which neither the recipe nor these runs"
+        f" were chosen, the networks alone reach {' and '.join(figures)}. The difference of these two networks is"
+        f" {paired(first, second)}; errors over instances say nothing about other seeds of training."
     )
 
 
-def sentences(results: dict, benchmark: dict, equal_decisions: dict) -> str:
-    """What the curves say of time and decisions, below the table."""
-    search = of_method(results, "search_distill")
+def notes(results: dict, benchmark: dict, equal_decisions: dict) -> list[str]:
+    """What the table's figures are, and what the curves say of time and decisions."""
+    devices, search = by_device(results), of_method(results, "search_distill")
+    seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
+    errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
     played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
     tried = benchmark["phases"]["batched_steps"] - MAX_DECISIONS  # Steps of a batch, less those that are played.
     moves = tried * results["groups"][0]["config"]["rollout_batch_size"] / played
-
-    of_ppo, error = mean_and_error([100 * row["avg_return"] for row in equal_decisions["rows"]])
     minutes = 60 * max(run["curve"][0]["hours"] for run in search)
     least = 100 * min(run["curve"][0]["utilisation"] for run in search)
-    text = (
+    commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
+    on_each = " on each machine (rounding differs between machines, so a seed is another run there)"
+    texts = [
+        f"The networks' figures and curves are those of {commands}, SEED = {seeds}{on_each * (len(devices) > 1)}."
+        " ± is the standard error over these runs (for the rules: over instances). The error of a network's mean over"
+        f" instances is {min(errors):.2f} to {max(errors):.2f} %.",
         f"Decisions are moves that were played; the search tries {moves:.0f} more for each, which the minutes count."
         " Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
-        f" from the cache), evaluation is not. At its first evaluation, after {minutes:.1f} minutes, the network of"
-        f" search distillation packs at least {least:.1f} % with every seed."
-    )
-    runs_of = {(group["method"], group["device"]): group["runs"] for group in results["groups"]}
-    limits, then = [], {method: [] for method in METHODS}
-    for device in dict.fromkeys(device for _, device in runs_of):  # Hours are those of one machine.
-        of_device = {method: runs_of.get((method, device)) for method in METHODS}
-        if all(of_device.values()):
+        " from the cache), evaluation is not. With search on top, the better of two episodes counts, the network's and"
+        " the search's.",
+        f"At its first evaluation, after {minutes:.1f} minutes at most, the network of search distillation packs at"
+        f" least {least:.1f} % in every run.",
+    ]
+    limits, differences, means = [], [], []
+    for of_device in devices.values():  # Hours are those of one machine.
+        if all(method in of_device for method in METHODS):
             limit = min(run["curve"][-1]["hours"] for runs in of_device.values() for run in runs)
+            values = {method: [100 * at(run, limit) for run in of_device[method]] for method in METHODS}
             limits.append(f"{60 * limit:.1f}")
-            for method, runs in of_device.items():
-                then[method] += [100 * at(run, limit) for run in runs]
+            differences.append([a - b for a, b in zip(values["search_distill"], values["ppo"], strict=True)])
+            means.append(values)
     if limits:
-        figures = ("{} {:.2f} ± {:.2f} %".format(METHODS[method], *mean_and_error(then[method])) for method in METHODS)
-        text += f" The networks alone at equal wall-clock, {' or '.join(limits)} minutes: {', '.join(figures)}."
-    return (
-        f"{text} With as many decisions as search distillation, and its learning rate decaying over them, PPO reaches"
-        f" {of_ppo:.2f} ± {error:.2f} % (`tests/results/ppo_equal_decisions.json`). With search on top, the better of"
-        " two episodes counts (the network's and the search's)."
+        figures = " and ".join(
+            "{} {:.2f} ± {:.2f} %".format(METHODS[method], *mean_and_error([x for of in means for x in of[method]]))
+            for method in METHODS
+        )
+        mean, error = mean_and_error([x for of_device in differences for x in of_device])
+        each = " and ".join("{:.2f} ± {:.2f}".format(*mean_and_error(x)) for x in differences)
+        each = f" ({each} on the machines by themselves)" if len(differences) > 1 else ""
+        texts.append(
+            f"At equal wall-clock, {' / '.join(limits)} minutes, the networks alone reach: {figures}. The difference of"
+            f" runs with the same seed on the same machine is {mean:.2f} ± {error:.2f} percentage points{each}."
+        )
+    of_ppo, error = mean_and_error([100 * row["avg_return"] for row in equal_decisions["rows"]])
+    trained = equal_decisions["rows"][0]["training"]["config"]
+    keys = "max_num_iters", "learning_rate_decay_iters"
+    changed = " ".join(f"{key}={trained[key]}" for key in keys)
+    decisions = statistics.mean(row["training"]["frames"] for row in equal_decisions["rows"])
+    texts.append(
+        f"With {round(decisions, -3):,.0f} decisions, about as many as search distillation, and its learning rate"
+        f" decaying over them, PPO's network alone reaches {of_ppo:.2f} ± {error:.2f} % (`python"
+        f" train_ppo_binpack.py preset=cpu {changed} seed=SEED`)."
     )
+    texts.append(
+        "Collected by `tests/collect_results.py` into `tests/results/`: `cpu_preset.json`, `floors.json`,"
+        " `ppo_equal_decisions.json`, and for the figures below `checkpoints.json` and `fresh_instances.json`. Each"
+        " file says by which command, commit and versions it was made."
+    )
+    return texts
 
 
 def speed(benchmark: dict) -> str:
@@ -279,7 +325,10 @@ def speed(benchmark: dict) -> str:
         cost = benchmark[key]
         times = f"{cost['cold_tracing']:.0f} | {cost['cold_compiling']:.0f} | {cost['warm_compiling']:.1f}"
         table.append(f"| {name}, an iteration | {times} |")
-    made = f"From `{benchmark['command']}`."
+    made = (
+        f"From `{benchmark['command']}` at commit {benchmark['commit'][:7]}, with the checkpoint of that commit. The"
+        " time of a decision is the median ratio of iterations that ran side by side."
+    )
     return "\n".join([*lines, "", " ".join(sentences), "", *table, "", made])
 
 
@@ -322,13 +371,13 @@ def draw(results: dict) -> None:
     sys.path.insert(0, str(ROOT))
     import evaluate
 
-    evaluate.draw_curves(
-        str(CURVES),
-        {
-            name: [np.array([[point[key] for key in CURVE] for point in run["curve"]]) for run in runs]
-            for name, runs in ((name, of_method(results, method)) for method, name in METHODS.items())
-        },
-    )
+    points = lambda run: np.array([[point[key] for key in CURVE] for point in run["curve"]])  # noqa: E731
+    groups = {
+        f"{METHODS[method]}, {device}": [points(run) for run in runs]
+        for device, of_device in by_device(results).items()
+        for method, runs in of_device.items()
+    }
+    evaluate.draw_curves(str(CURVES), groups)
 
 
 def main(argv: list[str]) -> None:

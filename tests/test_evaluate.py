@@ -195,6 +195,9 @@ def test_speed_is_that_of_all_attempts(few_at_a_time, env, monkeypatch):
 def test_rendered_episode_is_the_scored_one(search_run, env, tmp_path):
     scores = run(tmp_path, search_run)
     checkpoint = evaluate.load_checkpoint(search_run)
+    log = (search_run / "metrics.jsonl").read_text().splitlines()
+    training = dict(method="search_distill", iteration=4, frames=json.loads(log[-1])["frames"])
+    assert scores["rows"][0]["training"] == training | dict(config=checkpoint.config.model_dump(mode="json"))
     key = search_distill.evaluation_keys(1_000_000, 8)[3]
     policy = search_distill.make_greedy_policy(checkpoint.network, checkpoint.config)
     states = evaluate.play_states(env, policy, checkpoint.model, key)

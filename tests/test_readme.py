@@ -27,7 +27,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def bash_lines() -> list[str]:
-    return [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.replace("$seed", "0") for block in blocks for line in block.splitlines()]
 
 
 def commands(name: str = r"train_\w+") -> list[str]:
@@ -103,7 +104,7 @@ def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figur
     environment = os.environ | {"XLA_FLAGS": ""}  # It plays all 1,024 instances.
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
-    promised = re.findall(r"`(\w+_cpu).pkl` \(seed \d, network alone ([\d.]+) %\)", README)
+    promised = re.findall(r"`(\w+_cpu).pkl` \(seed \d, network alone ([\d.]+) %,", README)
     assert len(promised) == 2
     for line, (name, utilisation) in zip(run.stdout.splitlines()[1:], promised, strict=True):
         assert line.split()[0] == name and abs(100 * float(line.split()[2]) - float(utilisation)) < 0.1, run.stdout

@@ -74,7 +74,7 @@ def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, 
         config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
         script.make_playing_search(env, network, config, 3)
         script.make_evaluate(env, network, config)
-        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, config, {}, {})
+        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, {}, {})
         evaluate.attempts("search", checkpoint, env, evaluate.Config(num_simulations=9), {checkpoint: config})
         assert made == [(expected, n, 0.0) for n in (3, 5, 9)]
         made.clear()

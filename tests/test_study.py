@@ -27,7 +27,7 @@ def test_the_studys_table_is_made_from_the_committed_file():
     results = json.loads(study.RESULTS.read_text())
     assert study.TABLE.read_text() == study.table(results)
     assert [variant["name"] for variant in results["variants"]] == [variant.name for variant in study.VARIANTS]
-    assert len(results["commit"]) == 40
-    for variant in results["variants"]:
-        for runs in filter(None, (variant["runs"], variant["equal_time"])):
+    assert len(results["commit"]) == len(results["long"]["commit"]) == 40
+    for variant in results["variants"] + results["long"]["variants"]:
+        for runs in filter(None, (variant["runs"], variant.get("equal_time"))):
             assert [run["seed"] for run in runs] == list(study.SEEDS)

@@ -1,7 +1,7 @@
 """What each choice of `preset=cpu` is worth: one change at a time, three seeds, the same 1,024 evaluation instances.
 
     python tests/studies/study.py            # about three hours on 2 cores; goes on where it was stopped
-    python tests/studies/study.py long       # about an hour: what is better at no cost, for as long as the preset runs
+    python tests/studies/study.py long       # two hours more: some of them for as long as the preset runs
     python tests/studies/study.py table      # only makes the table, from the results that there are
 
 A variant is the training script with overrides, or with some of its lines replaced, so that no option is needed that
@@ -168,6 +168,7 @@ RESCALED = ("rescale_values=true", "value_scale=0.1")
 # Only here has the value's head a use. A decision costs about as many passes as with completions.
 VALUE_HEAD = ("leaf_value=network", "num_simulations=32", "max_num_considered_actions=16", "min_target_kl=0")
 
+HARD = "failed ones first, of four times as many"
 VH, ALL, CONSTANT = "value head, 32 simulations, 16 considered actions", "every decision (min_target_kl=0)", "constant"
 
 VARIANTS = [
@@ -182,6 +183,7 @@ VARIANTS = [
     Variant("target of the value", "searched value of the root", VALUE_HEAD, value_target(1.0), VH),
     Variant("target of the value", "half searched value, half return", VALUE_HEAD, value_target(0.5), VH),
     Variant("target of the policy", ALL, ("min_target_kl=0",)),
+    Variant("target of the policy", "every decision, 16 epochs", ("min_target_kl=0", "num_epochs=16"), timed=True),
     Variant("target of the policy", "weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY, ALL),
     Variant("use of samples", "4 epochs", ("num_epochs=4",), timed=True),
     Variant("use of samples", "those of the last 4 iterations", (), replay(4)),
@@ -190,10 +192,11 @@ VARIANTS = [
     Variant("symmetry", "not used", ("permute_axes=false",)),
     Variant("symmetry", "six views averaged at evaluation, six passes", (), SIX_VIEWS),
     Variant("Gumbel noise", "none", ("gumbel_scale=0",)),
-    Variant("instances", "failed ones first, of four times as many", (), HARD_INSTANCES, timed=True),
+    Variant("instances", HARD, (), HARD_INSTANCES, timed=True),
     Variant("network", "two layers", ("num_transformer_layers=2",), timed=True),
 ]  # fmt: skip
-LONG = (CONSTANT, "none")  # Better than base at the same cost by more than chance, if looked at alone.
+# What was better at the same cost, or may be worth its cost only once the network is good.
+LONG = (CONSTANT, "none", "8 and 8", HARD)
 BASE_KEYS = (
     "num_simulations",
     "max_num_considered_actions",
@@ -346,10 +349,11 @@ def cpu_model() -> str:
 
 def made_with(words: str = "") -> dict:
     """What the figures come from."""
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+    changed = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
     return dict(
         command=f"python tests/studies/study.py{words}",
-        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        commit=git("rev-parse", "HEAD").strip() + changed,
         versions=script.library_versions(),
         device=f"one core of {cpu_model()} for each run",
     )
@@ -377,9 +381,13 @@ def measure() -> Iterator[dict]:
 
 
 def measure_long() -> dict:
-    """Runs of `LONG` with all iterations of the preset, whose own runs are those of the README."""
+    """Runs of `LONG` for as long as the preset takes, whose own runs are those of the README."""
     variants = [variant for variant in VARIANTS if variant.name in LONG]
-    runs = on_all_cores(seeds_of, [(variant, script.PRESETS["cpu"]["max_num_iters"]) for variant in variants])
+    costs = {row["name"]: row["cost"] or 1.0 for row in json.loads(RESULTS.read_text())["variants"]}
+    number = script.PRESETS["cpu"]["max_num_iters"]
+    items = [(variant, seed, round(number / costs[variant.name])) for variant in variants for seed in SEEDS]
+    found = list(on_all_cores(run, items))
+    runs = [found[i : i + len(SEEDS)] for i in range(0, len(found), len(SEEDS))]
     return made_with(" long") | dict(
         variants=[dict(**variant._asdict(), runs=found) for variant, found in zip(variants, runs)]
     )
@@ -416,11 +424,11 @@ def table(results: dict) -> str:
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
-        f"`{results['command']}`, commit {results['commit'][:12]} (with runs of earlier ones that had the same script),"
-        f" {results['device']}. {base[0]['iterations']}"
+        f"`{results['command']}`, commit {results['commit'][:12]} (runs are kept for commits with the same training"
+        f" script), {results['device']}. {base[0]['iterations']}"
         " iterations of 64 episodes, over which the learning rate decays, seeds"
         f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. This is the early part of"
-        f" learning; the preset's {preset['max_num_iters']} iterations may order close ones otherwise. Base is"
+        f" learning; the preset's {preset['max_num_iters']} iterations may order them otherwise. Base is"
         f" `{' '.join(settings)}`, with the learning rate decaying to zero on a cosine.",
         "",
         "Network: utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs"
@@ -428,15 +436,17 @@ def table(results: dict) -> str:
         f" {100 * (min(decisions) - 1):+.0f} to {100 * (max(decisions) - 1):+.0f} %). Where time could turn the order"
         " round, also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice"
         f" that costs more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as"
-        " much. The error of one difference, of three seeds, is itself uncertain. Pooled over all of them it is"
-        f" {chance(False)}, where the value head is searched {chance(True)}: in brackets what is more than chance at"
-        f" the 5 % level if it is the only one looked at, and if it is picked from all {len(rows)}.",
+        " much. The error of one difference, of three seeds, is itself uncertain. Pooled over all choices that train"
+        f" otherwise it is {chance(False)}, where the value head is searched {chance(True)}: in brackets what is more"
+        f" than chance at the 5 % level if it is the only one looked at, and if it is picked from all {len(rows)}"
+        " (roughly: most of them share the runs of base).",
         "",
         "Filled: containers filled completely, in %. Search: utilisation of the search itself in % while it collected,"
         " in the last five iterations, noise included (where failed instances come first, on harder ones than"
-        " elsewhere). Learnt: share in % of those iterations' decisions that the network learnt from. Cost: time of an"
-        " iteration next to that of the row named under 'against', both going on from their last iteration side by side"
-        " on one core; where none stands, an iteration is the same work.",
+        " elsewhere). Learnt: share in % of those iterations' decisions that the network learnt from, and in brackets"
+        " how often from each: the number of gradient steps does not depend on the share. Cost: time of an iteration"
+        " next to that of the row named under 'against', both going on from their last iteration side by side on one"
+        " core; where none stands, it was not measured and is taken as equal.",
         "",
         "Three things to know. Q is the value of an action in the search; `value_scale` says how far it moves the"
         " policy, and where each action is visited once, as by 4 simulations of 4 legal actions, `maxvisit_init` and"
@@ -461,13 +471,21 @@ def table(results: dict) -> str:
             at_equal_time,
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
-            f"{100 * statistics.mean(x['taught'] for x in runs):.0f}",
+            f"{100 * statistics.mean(x['taught'] for x in runs):.0f} ({uses(variant, config):.0f})",
             f"{variant['cost']:.2f}" if variant["cost"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if "long" in results:
         lines += ["", *long_table(results["long"])]
     return "\n".join(lines) + "\n"
+
+
+def uses(variant: dict, config: dict) -> float:
+    """How often the network learns from a decision, of those that it learns from."""
+    epochs = dict(word.split("=", 1) for word in variant["words"]).get("num_epochs", config["num_epochs"])
+    steps = script.steps_per_epoch(script.Config(**config))
+    decisions = statistics.mean(run["taught"] * run["decisions"] / run["iterations"] for run in variant["runs"])
+    return int(epochs) * steps * config["training_batch_size"] / decisions
 
 
 def long_table(results: dict) -> list[str]:
@@ -477,12 +495,12 @@ def long_table(results: dict) -> list[str]:
         for run in collect_results.of_method(json.loads(collect_results.RESULTS.read_text()), "search_distill")
     ]
     lines = [
-        f"What was better at no cost, with all {results['variants'][0]['runs'][0]['iterations']} iterations of the"
-        f" preset: `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs"
-        f" are the {len(base)} of `tests/results/cpu_preset.json`; means are compared, not runs of the same seed.",
+        f"Some of them for as long as the {script.PRESETS['cpu']['max_num_iters']} iterations of the preset take:"
+        f" `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs are the"
+        f" {len(base)} of `tests/results/cpu_preset.json`; means are compared, not runs of the same seed.",
         "",
-        "| question | choice | network | difference | filled |",
-        "|---|---|---|---|---|",
+        "| question | choice | iterations | network | difference | filled |",
+        "|---|---|---|---|---|---|",
     ]
     rows = [dict(question="", name="base", runs=base), *results["variants"]]
     mean, error = mean_and_error([100 * run["greedy"] for run in base])
@@ -490,7 +508,8 @@ def long_table(results: dict) -> list[str]:
         network, filled = (percent([run[key] for run in row["runs"]]) for key in ("greedy", "filled"))
         here, its_error = mean_and_error([100 * run["greedy"] for run in row["runs"]])
         difference = "" if row["runs"] is base else f"{here - mean:.2f} ± {math.hypot(error, its_error):.2f}"
-        lines.append(f"| {row['question']} | {row['name']} | {network} | {difference} | {filled} |")
+        iterations = row["runs"][0].get("iterations", script.PRESETS["cpu"]["max_num_iters"])
+        lines.append(f"| {row['question']} | {row['name']} | {iterations} | {network} | {difference} | {filled} |")
     return lines
 
 
