@@ -290,19 +290,25 @@ def cost_of(variant: Variant, core: int) -> float:
     measured = folder_of(variant) / "cost.json"
     if measured.exists():
         return json.loads(measured.read_text())
-    against = next(other for other in VARIANTS if other.name == variant.against)
+    pair = (variant, next(other for other in VARIANTS if other.name == variant.against))
+    last = ITERATIONS + 10
 
-    def seconds(variant: Variant, name: str) -> float:
+    def go_on(variant: Variant, name: str, until: int) -> list[dict]:
         folder, (newest,) = RUNS / f"timing_{core}_{name}", folder_of(variant).glob(LAST_CHECKPOINT)
         shutil.rmtree(folder, ignore_errors=True)
-        last = ITERATIONS + 10
-        train(variant, folder, core, seed=0, resume=newest, max_num_iters=last, eval_interval=last, save_interval=last)
-        rows = rows_of(folder, 0, last)
+        every = dict(eval_interval=last, save_interval=last, learning_rate_decay_iters=last)
+        train(variant, folder, core, seed=0, resume=newest, max_num_iters=until, **every)
+        return rows_of(folder, 0, until)
+
+    def seconds(variant: Variant, name: str) -> float:
+        rows = go_on(variant, name, last)
         timed = [row for row in rows if ITERATIONS + 1 < row["iteration"] <= ITERATIONS + 6]  # As long as both run.
         return statistics.median(row["perf/iteration_seconds"] for row in timed)
 
+    for choice in pair:  # Compiles, so that neither does while the other is timed.
+        go_on(choice, "one", ITERATIONS + 1)
     with ThreadPoolExecutor(2) as pool:
-        mine, others = pool.map(seconds, (variant, against), ("one", "other"))
+        mine, others = pool.map(seconds, pair, ("one", "other"))
     print(f"{variant.question:36} {variant.name:40} {mine:.2f} s beside {others:.2f} s", flush=True)
     measured.write_text(json.dumps(mine / others))
     return mine / others
