@@ -39,6 +39,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 SHIPPED = ROOT / "tests" / "results" / "checkpoints.json"
@@ -53,7 +56,6 @@ FLOOR_LABELS = {
     "largest_first": "largest item into the smallest space",
     "lookahead": "one-ply look-ahead with that rule, 16 actions",
 }
-MAX_DECISIONS = 19  # Of an episode.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
 PLAY = ".venv/bin/python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
@@ -69,9 +71,6 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def collect(folder: Path) -> dict:
     """The runs of one folder: command, commit, versions, and of each run its curve and last row."""
-    sys.path.insert(0, str(ROOT))
-    import evaluate
-
     runs = []
     for run_dir in sorted(folder.glob("seed_*")):
         checkpoint = evaluate.load_checkpoint(run_dir)
@@ -119,8 +118,6 @@ def by_device(results: dict) -> dict[str, dict[str, list[dict]]]:
 def ship(folder: Path, group: dict, results: dict) -> None:
     """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it, unless another
     machine has a better one."""
-    import evaluate
-
     best = max(group["runs"], key=utilisation)
     if utilisation(best) < max(map(utilisation, of_method(results, group["method"]))):
         return
@@ -148,10 +145,7 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dic
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
-        mean, error = 100 * row["avg_return"], 100 * row["avg_return_se"]
-        lines.append(
-            f"| {FLOOR_LABELS[row['policy']]} | | | {mean:.2f} ± {error:.2f} % | {100 * row['solved_rate']:.1f} % |"
-        )
+        lines.append(f"| {FLOOR_LABELS[row['policy']]} | | | {score(row)} | {100 * row['solved_rate']:.1f} % |")
     configs = {group["method"]: group["config"] for group in results["groups"]}
     for method, config in configs.items():
         runs = of_method(results, method)
@@ -206,11 +200,13 @@ def shipped(results: dict) -> str:
     return " and ".join(found)
 
 
+def score(row: dict) -> str:
+    """Mean and standard error over instances."""
+    return f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %"
+
+
 def paired(row: dict, other: dict) -> str:
     """Mean difference over instances and its 95 % interval, percentage points."""
-    sys.path.insert(0, str(ROOT))
-    import evaluate
-
     mean, low, high = (100 * x for x in evaluate.difference(np.array(row["returns"]), np.array(other["returns"])))
     return f"{mean:.2f} percentage points, 95 % interval [{low:.2f}, {high:.2f}]"
 
@@ -218,10 +214,9 @@ def paired(row: dict, other: dict) -> str:
 def with_search(scores: dict) -> str:
     """What both shipped networks reach with search on top."""
     first, second = (row for row in scores["rows"] if row["policy"] == "search")
-    figures = [f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %" for row in (first, second)]
     return (
         f"With the same {scores['num_simulations']}-simulation search on top both come close to the end of the scale,"
-        f" {' and '.join(figures)} on the {scores['num_episodes']:,} instances of the table (difference"
+        f" {score(first)} and {score(second)} on the {scores['num_episodes']:,} instances of the table (difference"
         f" {paired(first, second)})."
     )
 
@@ -229,11 +224,10 @@ def with_search(scores: dict) -> str:
 def on_fresh_instances(scores: dict) -> str:
     """What both shipped networks reach on instances that no choice was made on, and their paired difference."""
     first, second = scores["rows"]
-    figures = [f"{100 * row['avg_return']:.2f} ± {100 * row['avg_return_se']:.2f} %" for row in (first, second)]
     return (
         f"On {scores['num_episodes']:,} instances (`seed={scores['seed']}`) by which neither the recipe nor these runs"
-        f" were chosen, the networks alone reach {' and '.join(figures)}. The difference of these two networks is"
-        f" {paired(first, second)}; errors over instances say nothing about other seeds of training."
+        f" were chosen, the networks alone reach {score(first)} and {score(second)}. The difference of these two"
+        f" networks is {paired(first, second)}; errors over instances say nothing about other seeds of training."
     )
 
 
@@ -243,7 +237,8 @@ def notes(results: dict, benchmark: dict, equal_decisions: dict) -> list[str]:
     seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
     errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
     played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
-    tried = benchmark["phases"]["batched_steps"] - MAX_DECISIONS  # Steps of a batch, less those that are played.
+    # Steps of a batch, less those that are played.
+    tried = benchmark["phases"]["batched_steps"] - evaluate.search_distill.MAX_DECISIONS
     moves = tried * results["groups"][0]["config"]["rollout_batch_size"] / played
     minutes = 60 * max(run["curve"][0]["hours"] for run in search)
     least = 100 * min(run["curve"][0]["utilisation"] for run in search)
@@ -368,9 +363,6 @@ def with_tables(readme: str) -> str:
 
 def draw(results: dict) -> None:
     """The README's curves."""
-    sys.path.insert(0, str(ROOT))
-    import evaluate
-
     points = lambda run: np.array([[point[key] for key in CURVE] for point in run["curve"]])  # noqa: E731
     groups = {
         f"{METHODS[method]}, {device}": [points(run) for run in runs]
