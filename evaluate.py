@@ -7,81 +7,721 @@
     python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, runs as bands
     python evaluate.py --help
 
-A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. In a notebook:
-`from evaluate import load_checkpoint`.
+A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. It is played by the
+environment, network, policies and rollout of its own training script, which is imported when the checkpoint is loaded.
+The training scripts import from here what both need: command line, checkpoint files, playing and scoring instances.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import fcntl
 import functools
+import hashlib
+import importlib
+import io
 import json
 import math
 import os
+import pickle
+import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-import train_ppo_binpack as ppo
-import train_search_distill_binpack as search_distill
-from train_search_distill_binpack import MASKED, MAX_DECISIONS, Episodes, Model, Policy, RunConfig, UsageError
+from jax.experimental import multihost_utils
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 if TYPE_CHECKING:
     from jumanji.environments import BinPack
     from jumanji.environments.packing.bin_pack.types import Observation, State
 
-METHODS = {script.METHOD: script for script in (search_distill, ppo)}
-SEARCH_KEYS = set(search_distill.Config.__annotations__) - {
-    "eval_num_simulations",
-    "eval_search_interval",
-    "num_simulations",
-}
-FLOORS = ("random", "largest_first", "lookahead")
-PolicyName = Literal["greedy", "sample", "search", "best_of_n", "random", "largest_first", "lookahead"]
-OutputPath = Annotated[str, AfterValidator(os.path.expanduser)]
+METHODS = {"search_distill": "train_search_distill_binpack", "ppo": "train_ppo_binpack"}  # The script of each method.
+DEVICES = "devices"  # The axis that pmap maps over all devices.
+CACHE_DIR = "~/.cache/search-distill-binpack"
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
+
+class FrozenModel(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A configuration: a fixed set of keys with types, limits, defaults and descriptions."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info) -> Any:
+        is_switch = cls.model_fields[info.field_name].annotation is bool
+        if not is_switch and any(isinstance(x, bool) for x in jax.tree.leaves(value)):
+            raise ValueError("expected a value that is not true or false")
+        return value
+
+
+# ==================================================== Command line ====================================================
+class UsageError(Exception):
+    """A mistake of the user, in one line of bearable length: what was expected, what came, what to type instead."""
+
+    def __str__(self) -> str:
+        line = "".join(x if x.isprintable() else repr(x)[1:-1] for x in super().__str__())
+        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
+class DamagedFile(UsageError):
+    """A checkpoint that is not as it was written."""
+
+
+class CannotWrite(UsageError):
+    """A full disk or a read-only folder in the middle of a run."""
+
+
+def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, str], paths: list | None = None) -> tuple:
+    """Parses `key=value`, `--key value`, `--key=value` and `--some-key value` into (config, preset name). A preset is
+    such a line itself, and single keys override it. Paths are added to `paths`, if that is given. Raises `UsageError`
+    for anything that does not fit."""
+    fields, overrides, queue = config_class.model_fields, {}, list(argv)
+    known = ["preset", *fields] if presets else [*fields]
+    while queue:
+        word = queue.pop(0)
+        key, equals, raw = word.partition("=")
+        dashes = key.startswith("--")
+        key = key[2:].replace("-", "_") if dashes else key
+        if paths is not None and not dashes and (not equals or os.path.exists(word)):
+            paths.append(word)
+            continue
+        if not dashes and not equals:
+            raise UsageError(f"expected key=value or --key value, got '{word}'; --help lists the keys")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
+            raise UsageError(f"unknown key '{key}'; {hint}")
+        if not equals:
+            is_switch = key in fields and fields[key].annotation is bool
+            if is_switch and (not queue or queue[0].lower() not in ("true", "false")):
+                raw = "true"
+            elif queue:
+                raw = queue.pop(0)
+            else:
+                raise UsageError(f"{word}: expected a value after it, but the line ends; type {word} VALUE")
+        if key in overrides:
+            raise UsageError(f"{key} is given twice, as {overrides[key]!r} and {raw!r}; keep one of them")
+        overrides[key] = raw
+    preset = overrides.pop("preset", "full")
+    if presets and preset not in presets:
+        raise UsageError(f"preset={preset}: expected one of {', '.join(presets)}; type preset=cpu")
+    overrides = dict(word.split("=") for word in presets.get(preset, "").split()) | overrides
+    try:
+        return config_class(**{key: _parse_value(key, raw, fields[key]) for key, raw in overrides.items()}), preset
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        reason = reason.replace("Input should be", "expected").split(", unable to parse")[0]
+        for key in first["loc"][:1]:
+            reason = f"{key}={overrides.get(key)}: {reason}; for example {key}={as_typed(fields[key].default)}"
+        raise UsageError(reason) from None
+
+
+def _parse_value(key: str, raw: str, field: Any) -> Any:
+    """One value in YAML's grammar. Text stays as typed, integers are decimal, and a list may lack its brackets."""
+    if get_origin(field.annotation) is tuple and not re.fullmatch(r"\[.*\]|\(.*\)", raw):
+        raw = f"[{raw}]"
+    if field.annotation is str or re.fullmatch(r"[+-]?\d+", raw):
+        return raw
+    yaml = f"[{raw[1:-1].rstrip(',')}]" if re.fullmatch(r"\(.*\)", raw) else raw
+    try:
+        value = OmegaConf.from_dotlist([f"{key}={yaml}"])[key]
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    except Exception:  # YAML and OmegaConf raise errors of many classes for text that they cannot read.
+        return raw
+
+
+def as_typed(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "[" + ",".join(map(as_typed, value)) + "]" if isinstance(value, (tuple, list)) else str(value)
+
+
+def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, str]) -> str:
+    """The script's docstring, every key with type, default and meaning, and the presets."""
+    lines = [doc.strip(), "", "Keys, as key=value or --key value (type, default, meaning):", ""]
+    for key, field in config_class.model_fields.items():
+        choices = "|".join(map(str, get_args(field.annotation)))
+        kind = choices if get_origin(field.annotation) is Literal else field.annotation.__name__
+        lines.append(f"  {key:28} {kind:18} {as_typed(field.default) or repr(''):32} {field.description}")
+    if presets:
+        lines += ["", "Presets, as preset=NAME; single keys still override them:", ""]
+    return "\n".join(lines + [f"  {name:6} {words or 'the defaults above'}" for name, words in presets.items()])
+
+
+def exit_status(command: Callable[[], int], smaller: str, after_file_error: str) -> int:
+    """What `command` returns, or 2 with one line on standard error for a user's mistake or a lack of memory or room.
+    One of several processes ends at once where the others do not know of it: an orderly exit would wait for them."""
+    status, told = 2, False
+    try:
+        return command()
+    except UsageError as error:
+        line, told = str(error), not isinstance(error, CannotWrite)
+    except OSError as error:  # Standard output, mostly.
+        line = f"{error}; {after_file_error}"
+    except Exception as error:
+        line = f"a device has not enough memory; type a smaller {smaller}"
+        if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            line, status = "a process of this run ended; start all again with resume=auto", 1
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and not told:
+        os._exit(status)
+    return status
+
+
+# ================================================== Checkpoint files ==================================================
+FORMAT_VERSION = 1
+CONTENTS = dict(format_version=int, method=str, iteration=int, frames=int, seconds=float, model=tuple, config=dict,
+                opt_state=list, wandb_id=str)  # fmt: skip
+MAX_ENTRIES = 1_000_000
+DIGEST = b"sha256:"  # Stands after the pickle, which marks its own end: pickle.load does not read on.
+
+
+class _Stub:
+    """Takes the place of what numpy's pickles name: it keeps what it is given, and nothing runs. numpy's own classes
+    are not handed out, since called in the wrong way they read memory that is not theirs."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:  # On the class itself, BUILD fails for want of an instance.
+        self.state = state
+
+    def to_array(self) -> np.ndarray:
+        """A view of the bytes that the pickle holds. Raises errors of many classes if they are no array of numbers."""
+        kind, order = type(self).__name__, "C"
+        if kind == "_reconstruct":
+            _, shape, dtype, is_fortran, data = self.state
+            order = "F" if is_fortran else "C"
+        elif kind == "_frombuffer":
+            data, dtype, shape, order = self.arguments
+        elif kind == "scalar":
+            (dtype, data), shape = self.arguments, ()
+        else:
+            raise pickle.UnpicklingError(f"it holds a {kind}, and only plain values are allowed")
+        name = dtype.arguments[0] if type(dtype) is _STUBS["dtype"] else ""
+        if not (isinstance(data, (bytes, bytearray)) and re.fullmatch(r"[biufc]\d{1,2}", name)):
+            raise pickle.UnpicklingError("it has an array of objects, and only numbers are allowed")
+        dtype = np.dtype(name).newbyteorder(dtype.state[1] if dtype.state else "=")
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+_MODULES = dict(ndarray="", dtype="", _reconstruct=".multiarray", scalar=".multiarray", _frombuffer=".numeric")
+_STUBS = {name: type(name, (_Stub,), {}) for name in _MODULES}
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads arrays of numbers and plain containers, and refuses anything else before it runs. The unpickler in C
+    allocates whatever size a file names; this one, in Python, does not."""
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self._entries, self._bytes_left = MAX_ENTRIES, len(data)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not (name in _MODULES and re.fullmatch(r"numpy(\._?core)?" + re.escape(_MODULES[name]), module)):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+        return _STUBS[name]
+
+    def load(self) -> Any:
+        return self._plain(super().load())
+
+    def _load_bytearray(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        self.append(bytearray(self.read(min(size, self._bytes_left))))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+
+    def _plain(self, x: Any) -> Any:
+        """The same with arrays in the place of stubs. Shared objects are copied, so entries and bytes are counted."""
+        self._entries -= 1
+        if self._entries < 0:
+            raise pickle.UnpicklingError(f"it has more than {MAX_ENTRIES:,} entries")
+        if type(x) is dict:
+            return {self._plain(key): self._plain(value) for key, value in x.items()}
+        if type(x) in (list, tuple):
+            return type(x)(map(self._plain, x))
+        if isinstance(x, _Stub):
+            array = x.to_array()
+            self._bytes_left -= array.nbytes
+            if self._bytes_left < 0:
+                raise pickle.UnpicklingError("its arrays are larger than the file")
+            return array.copy()
+        if x is None or type(x) in (bool, int, float, str, bytes):
+            return x
+        raise pickle.UnpicklingError(f"it holds a {type(x).__name__}, and only plain values are allowed")
+
+
+def write_checkpoint(path: Path, contents: dict) -> None:
+    """Writes a dict of plain values and numpy arrays, and its digest, in one atomic step: a reader finds the whole file
+    or none. Raises `OSError` and leaves nothing where there is no room."""
+    data = pickle.dumps(contents, protocol=4)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data + DIGEST + hashlib.sha256(data).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | None = None) -> dict:
+    """Reads a checkpoint, of the method and environment if they are given. Raises `UsageError` for anything else, and
+    its subclass `DamagedFile` for a file that is not as it was written."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "no regular file")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DamagedFile(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
+    body, marker, digest = data[:-39], data[-39:-32], data[-32:]
+    if marker == DIGEST and hashlib.sha256(body).digest() != digest:
+        raise DamagedFile(f"{path}: damaged, its digest does not fit what it holds; give another iter_*.pkl")
+    try:
+        contents = _PlainUnpickler(data).load()
+    except Exception as error:  # A damaged pickle can raise nearly anything.
+        raise DamagedFile(f"{path}: not a checkpoint that can be read: {error}; give another iter_*.pkl") from None
+    contents = contents if isinstance(contents, dict) else {}
+    version = contents.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
+        expected = f"expected format_version={FORMAT_VERSION}, got {version}"
+        raise UsageError(f"{path}: {expected}; give a checkpoint that this version wrote, or use the one that wrote it")
+    fits = all(type(contents.get(key)) is kind for key, kind in CONTENTS.items())
+    try:
+        fits = fits and len(contents["model"]) == 2 and 0 <= contents["iteration"] < 2**31
+        json.dumps(contents.get("config"))
+    except (TypeError, ValueError, RecursionError):  # A configuration holds plain values alone.
+        fits = False
+    if not fits:
+        raise UsageError(f"{path}: expected a checkpoint of this project, got something else; give an iter_*.pkl")
+    for key, expected in (("method", method), ("env_id", env_id)):
+        found = contents["method"] if key == "method" else contents["config"].get("env_id")
+        if expected is not None and found != expected:
+            raise UsageError(f"{path}: expected {key}={expected}, got {found}; give a checkpoint that has it")
+    return contents
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("iter_*.pkl") if re.fullmatch(r"iter_\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
+def newest_readable(checkpoints: list[Path], method: str, env_id: str) -> dict | None:
+    """The last of some checkpoints that can be read; says which it skips. None where there are none."""
+    for path in reversed(checkpoints):
+        try:
+            return read_checkpoint(path, method, env_id)
+        except DamagedFile as error:
+            problem = str(error).rpartition(";")[0]
+            if path == checkpoints[0]:
+                hint = "no other can be read; type overwrite=true (without resume) to start again"
+                raise UsageError(f"{problem}, and {hint}") from None
+            print(f"Skipped {problem}")
+
+
+def lock_folder(folder: Path) -> Any:
+    """Keeps other processes from locking a folder until the returned file is closed or this process ends, however it
+    does. Raises `UsageError` if another process holds the lock."""
+    file = open(folder / ".lock", "a+", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        what = f"expected a folder that no other run writes to, and {file.read() or 'another one'} is at work there"
+        raise UsageError(f"{folder}: {what}; wait for its end, or choose another save_dir or seed") from None
+    except OSError as error:
+        print(f"{folder} cannot be locked here ({error.strerror}): start no second run in it")
+    with file_errors(folder / ".lock"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def file_errors(path: Path):
+    """Turns an error of the file system, while a run writes to a path, into a line that says what is left."""
+    try:
+        yield
+    except OSError as error:
+        hint = "make room or choose another save_dir; what was saved is whole, and resume=auto (no overwrite) goes on"
+        raise CannotWrite(f"{path}: cannot be written ({error}); {hint}") from None
+
+
+def check_fit(template: Any, saved: Any, hint: str) -> None:
+    """Raises `UsageError` unless `saved` is a tree of arrays with the names, shapes and types of `template`."""
+    describe = lambda tree: jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", None))), tree)
+    try:
+        same = describe(saved) == describe(template)
+    except (TypeError, ValueError):  # Names that do not compare, lists that are no arrays.
+        same = False
+    if not same:
+        raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
+
+
+def library_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "dm-haiku", "optax", "mctx", "jumanji", "numpy")
+    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl, without lines that a crash has torn."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("iteration"), int)]
+
+
+# =============================================== Devices and processes ================================================
+def use_cpu_cores(*batch_sizes: int) -> None:
+    """Without an accelerator, makes each core a device, as far as the batches divide and leave it 16 rows: operations
+    this small run faster side by side than split. To be called before JAX starts; a number set for JAX wins."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices >= 0 or "device_count" in flags:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fitting = [n for n in range(1, cores + 1) if not any(size % n or size < 16 * n for size in batch_sizes)]
+    # XLA ends a process whose devices wait for one another for more than a minute; ours may, over a long iteration.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    if patience not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {patience}=86400".strip()
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in a folder (empty: does not); JAX's own variable wins."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+
+
+def device_slice(x: jax.Array) -> jax.Array:
+    """This device's share of an array that all devices have whole, inside `pmap`."""
+    size = len(x) // jax.device_count()
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DEVICES) * size, size)
+
+
+def replicate(tree: Any) -> Any:
+    """Adds a leading axis with one copy for each device, as pmap takes it."""
+    copy = jax.pmap(lambda tree, _: tree, axis_name=DEVICES, in_axes=(None, 0))
+    return copy(tree, np.arange(jax.local_device_count()))
+
+
+def host_copy(tree: Any) -> Any:
+    """One device's copy of a replicated tree, as numpy arrays."""
+    return jax.tree.map(lambda x: np.asarray(np.asarray(x.addressable_shards[0].data)[0]), tree)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether a flag is set in any process; all have to ask together."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def on_first_process(function: Callable[[], Any]) -> Any:
+    """The plain value that the function returns, or the `UsageError` that it raises, in every process. It is called in
+    process 0 alone."""
+    result = error = None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except UsageError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        data = np.frombuffer(pickle.dumps((result, error)), np.uint8)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+        result, error = pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+    if error:
+        raise error
+    return result
+
+
+# ================================================= Playing instances ==================================================
+class Policy(NamedTuple):
+    """How to play an episode: `act(params, key, state, observation, memory)` -> (flat action, decision, memory), and
+    `start(params, state, observation)` -> memory."""
+
+    act: Callable
+    start: Callable = lambda params, state, observation: ()
+
+
+class Episodes(NamedTuple):
+    """Outcomes of N played instances, numpy arrays [N]."""
+
+    returns: np.ndarray  # volume utilisation
+    steps: np.ndarray  # items packed
+    solved: np.ndarray  # bool, every item packed
+
+
+def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
+    """One key for each instance, uint32 [N, 2]: the i-th is fixed by the seed and i alone."""
+    key = jax.random.PRNGKey(seed)
+    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
+
+
+def instances_at_a_time() -> int:
+    """How many instances the devices play together. Few, on a CPU, so that they fit its caches."""
+    return jax.device_count() * (32 if jax.default_backend() == "cpu" else -(-1024 // jax.device_count()))
+
+
+def make_player(rollout: Callable) -> Callable[[Any, np.ndarray], Episodes]:
+    """Returns play(replicated params, keys [N, 2]) -> Episodes, from a training script's rollout(params, keys) ->
+    Trajectory. Chunks of one size serve every N with one program."""
+    size = instances_at_a_time()
+
+    def play_chunk(params, keys, _):
+        trajectory = rollout(params, device_slice(keys))
+        episodes = Episodes(trajectory.reward.sum(1), trajectory.mask.sum(1), trajectory.solved)
+        return jax.lax.all_gather(episodes, DEVICES, tiled=True)
+
+    play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, in_axes=(0, None, 0))
+    each_device = np.arange(jax.local_device_count())  # Something to map where a policy has no parameters.
+
+    def play(params: Any, keys: np.ndarray, advance: Callable[[int], Any] = lambda count: None) -> Episodes:
+        played = []
+        for chunk in np.resize(keys, (-(-len(keys) // size), size, 2)):  # Repeats fill the last chunk.
+            played.append(host_copy(play_chunk(params, chunk, each_device)))
+            advance(size)
+        return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*played)))
+
+    return play
+
+
+def keep_better(play: Callable, params: Any, keys: np.ndarray, episodes: Episodes) -> Episodes:
+    """Plays the instances that earlier episodes did not fill completely, and keeps the better episode of each: the
+    dynamics are exact and deterministic, so either can be kept. So is search put on top of greedy play."""
+    rest = np.flatnonzero(~episodes.solved)
+    if not len(rest):
+        return episodes
+    played = play(params, keys[rest])
+    better = played.returns > episodes.returns[rest]
+    merged = Episodes(*(x.copy() for x in episodes))
+    for old, new in zip(merged, played):
+        old[rest[better]] = new[better]
+    return merged
+
+
+def summarise(episodes: Episodes) -> dict[str, float]:
+    """Means over instances, with the standard error of the utilisation."""
+    returns = episodes.returns.astype(np.float64)
+    return {
+        "avg_return": float(returns.mean()),
+        "avg_return_se": float(returns.std(ddof=1) / math.sqrt(len(returns))),
+        "solved_rate": float(episodes.solved.mean()),
+        "packed_items": float(episodes.steps.mean()),
+    }
+
+
+# ================================================= Loaded checkpoints =================================================
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained network, ready to use. Made by `load_checkpoint`."""
+
+    path: Path
+    method: str  # "search_distill" or "ppo"
+    iteration: int
+    frames: int  # decisions played to learn from
+    config: Any  # the training script's `Config`
+    params: dict = dataclasses.field(repr=False)  # Haiku parameters, numpy arrays
+    script: ModuleType = dataclasses.field(repr=False)  # the training script, whose code plays the checkpoint
+    env: BinPack = dataclasses.field(repr=False)  # equal to Jumanji's BinPack-v2
+    network: Any = dataclasses.field(repr=False)  # Haiku functions
+
+    @functools.cached_property
+    def _apply(self) -> Callable:
+        return jax.jit(lambda params, observation: self.network.apply(params, None, observation))
+
+    @functools.cached_property
+    def _play(self) -> Callable:
+        return make_state_player(self, self.script.make_greedy_policy(self.network, self.config))
+
+    def apply(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
+        """Observation with leading dimensions [...] -> logits of the flat actions [..., A], very negative where
+        illegal, and value [...], the volume that the network expects still to be packed."""
+        return self._apply(self.params, observation)
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The most probable action as `env.step` takes it: int32 [..., 2], number of the space and of the item."""
+        action = np.asarray(self.apply(observation)[0]).argmax(-1)
+        return np.stack(np.divmod(action, observation.items_mask.shape[-1]), -1).astype(np.int32)
+
+    def play(self, seed: int) -> list[State]:
+        """The states of one greedy episode, first to last, as `env.animate` takes them."""
+        return self._play(self.params, jax.random.PRNGKey(seed))
+
+
+def import_script(method: str) -> ModuleType:
+    """The training script of a method, which lies beside this file. Raises `UsageError` if it does not."""
+    if not util.find_spec(METHODS[method]):
+        raise UsageError(f"method={method}: expected {METHODS[method]}.py beside evaluate.py; copy it there")
+    return importlib.import_module(METHODS[method])
+
+
+def without_network() -> Checkpoint:
+    """What plays a policy that needs no checkpoint: the environment and rollout of a training script."""
+    script = import_script(next((name for name in METHODS if util.find_spec(METHODS[name])), "search_distill"))
+    return Checkpoint(Path(), "", 0, 0, None, {}, script, script.make_env(), None)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads an iter_*.pkl of either method, or the newest one in a run's folder. Raises `UsageError`; a file that holds
+    anything but numpy arrays and plain containers is refused before any of it runs."""
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        found = find_checkpoints(path)
+        if not found:
+            raise UsageError(f"{path}: expected a run's folder with an iter_*.pkl in it; give a file or another folder")
+        path = found[-1]
+    contents = read_checkpoint(path)
+    method, model = contents["method"], contents["model"]
+    if method not in METHODS:
+        raise UsageError(f"{path}: expected a checkpoint of {' or '.join(METHODS)}, got method={method}")
+    script = import_script(method)
+    try:
+        config = script.Config(**contents["config"])
+        env, network = script.make_env(), script.make_network(config)
+        init = lambda key: network.init(key, env.reset(key)[1].observation)
+        check_fit((jax.eval_shape(init, jax.ShapeDtypeStruct((2,), np.uint32)), {}), model, "")
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should be', 'expected')}"
+        raise UsageError(f"{path}: its configuration is not one of this version ({reason})") from None
+    except (UsageError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
+        raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
+    stands = contents["iteration"], contents["frames"]
+    return Checkpoint(path.absolute(), method, *stands, config, model[0], script, env, network)
+
+
+# ====================================================== Policies ======================================================
+def make_sample_policy(checkpoint: Checkpoint) -> Policy:
+    """An action drawn from the network's distribution. Its params are (network's params, number): each number gives an
+    episode of its own on the same instance."""
+    predict = checkpoint.script.make_predict(checkpoint.network, checkpoint.config)
+
+    def act(numbered, key, state, observation, memory):
+        params, number = numbered
+        logits, _ = predict(params, observation)
+        return jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32), None, memory
+
+    return Policy(act)
+
+
+def make_random_policy(checkpoint: Checkpoint) -> Policy:
+    """A uniformly random legal action."""
+
+    def act(params, key, state, observation, memory):
+        logits = jnp.where(observation.action_mask.reshape(-1), 0.0, -1e9)
+        return jax.random.categorical(key, logits).astype(jnp.int32), None, memory
+
+    return Policy(act)
+
+
+def _volumes(observation: Observation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each flat action, [A]: whether it is legal, its item's volume, its space's volume."""
+    (x, y, z), ems = observation.items, observation.ems
+    space = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
+    item, space = jnp.broadcast_arrays((x * y * z)[None], space[:, None])
+    return observation.action_mask.reshape(-1), item.reshape(-1), space.reshape(-1)
+
+
+def largest_first(observation: Observation) -> jax.Array:
+    """The largest item into the smallest space that holds it, int32 []."""
+    legal, item, space = _volumes(observation)
+    largest = legal & (item == jnp.where(legal, item, -1.0).max())
+    return jnp.where(largest, space, jnp.inf).argmin().astype(jnp.int32)
+
+
+def largest_first_order(observation: Observation) -> jax.Array:
+    """All flat actions in the order of that rule, int32 [A]: by item, then by space. Illegal actions come last."""
+    legal, item, space = _volumes(observation)
+    return jax.lax.sort((~legal, -item, space, jnp.arange(legal.size)), num_keys=3)[-1]
+
+
+def make_lookahead_policy(checkpoint: Checkpoint, num_candidates: int = 16) -> Policy:
+    """One ply of look-ahead without any learning: each of the rule's best actions is completed by the rule, and the
+    one with the best outcome is taken."""
+    step = functools.partial(checkpoint.script.step_flat, checkpoint.env)
+
+    def body(carry):
+        state, observation, total = carry
+        state, timestep = step(state, largest_first(observation))
+        return state, timestep.observation, total + timestep.reward
+
+    def act(params, key, state, observation, memory):
+        def outcome(action):
+            after, timestep = step(state, action)
+            init = (after, timestep.observation, timestep.reward)
+            return jax.lax.while_loop(lambda carry: carry[1].action_mask.any(), body, init)[2]
+
+        actions = largest_first_order(observation)[:num_candidates]
+        legal = observation.action_mask.reshape(-1)[actions]
+        return actions[jnp.where(legal, jax.vmap(outcome)(actions), -1.0).argmax()], None, memory
+
+    return Policy(act)
+
+
+def make_largest_first_policy(checkpoint: Checkpoint) -> Policy:
+    return Policy(lambda params, key, state, observation, memory: (largest_first(observation), None, memory))
+
+
+FLOORS = {"random": make_random_policy, "largest_first": make_largest_first_policy, "lookahead": make_lookahead_policy}
+SEARCH_KEYS = {"leaf_value", "search_width", "max_num_considered_actions", "value_scale", "eval_value_scale",
+               "maxvisit_init", "rescale_values"}  # fmt: skip
+
+
+# ======================================================= Scores =======================================================
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # The key `json` hides a deprecated method of BaseModel.
 
-    class Config(BaseModel):
+    class Config(FrozenModel):
         """Every key of an evaluation."""
 
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
-        policy: tuple[PolicyName, ...] = Field(
-            ("greedy",),
-            description="a list of: greedy, sample, search, best_of_n; without a checkpoint: random, largest_first,"
-            " lookahead",
+        policy: tuple[Literal["greedy", "sample", "search", "best_of_n", *FLOORS], ...] = Field(
+            ("greedy",), description="greedy, sample, search, best_of_n; without a checkpoint: " + ", ".join(FLOORS)
         )
-        num_simulations: Annotated[int, Field(ge=1)] = Field(32, description="simulations a decision (policy=search)")
+        num_simulations: PositiveInt = Field(32, description="simulations a decision (policy=search)")
         leaf_value: Literal["checkpoint", "network", "completion"] = Field(
             "checkpoint", description="value of a new node (policy=search): as in training (PPO: completion), or this"
         )
-        n: Annotated[int, Field(ge=1)] = Field(32, description="sampled episodes beside the greedy (policy=best_of_n)")
-        seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-            1_000_000, description="seed that fixes the instances; the default is that of training's evaluations"
-        )
+        n: PositiveInt = Field(32, description="sampled episodes beside the greedy one (policy=best_of_n)")
+        seed: Seed = Field(1_000_000, description="seed that fixes the instances, by default as in training")
         num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
-        json: OutputPath = Field("", description="file for the table's figures and each instance's utilisation")
-        render: OutputPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
-        instance: Annotated[int, Field(ge=0)] = Field(0, description="number of the instance to render")
-        curves: OutputPath = Field("", description=".png of the learning curves: means, bands over runs of a folder")
-
-        @field_validator("policy", mode="before")
-        @classmethod
-        def _one_or_more(cls, value: Any) -> Any:
-            return [x.strip() for x in value.split(",")] if isinstance(value, str) else value
+        json: UserPath = Field("", description="file for the table's figures and each instance's utilisation")
+        render: UserPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
+        instance: NonNegativeInt = Field(0, description="number of the instance to render")
+        curves: UserPath = Field("", description=".png of the learning curves: means, bands over runs of a folder")
 
         @field_validator("json", "render", "curves")
         @classmethod
@@ -96,252 +736,46 @@ with warnings.catch_warnings():
             return value
 
 
-# ======================================================================================================================
-# Checkpoints
-# ======================================================================================================================
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """A trained network, ready to use. Made by `load_checkpoint`."""
-
-    path: Path
-    method: str  # "search_distill" or "ppo"
-    iteration: int
-    frames: int  # decisions played to learn from
-    config: RunConfig  # the training script's `Config`
-    params: dict = dataclasses.field(repr=False)  # Haiku parameters, numpy arrays
-    state: dict = dataclasses.field(repr=False)  # Haiku state
-
-    @property
-    def model(self) -> Model:
-        return Model(self.params, self.state)
-
-    @functools.cached_property
-    def env(self) -> BinPack:
-        """The environment, equal to Jumanji's BinPack-v2."""
-        return METHODS[self.method].make_env()
-
-    @functools.cached_property
-    def network(self):
-        return METHODS[self.method].make_network(self.config)
-
-    @functools.cached_property
-    def _greedy(self) -> Policy:
-        return search_distill.make_greedy_policy(self.network, self.config)
-
-    @functools.cached_property
-    def _apply(self) -> Callable:
-        return jax.jit(lambda model, observation: self.network.apply(model.params, model.state, None, observation)[0])
-
-    def apply(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
-        """Observation with leading dimensions [...] -> logits of the flat actions [..., A], very negative where
-        illegal, and value [...], the volume that the network expects still to be packed."""
-        return self._apply(self.model, observation)
-
-    def act(self, observation: Observation) -> np.ndarray:
-        """The most probable action as `env.step` takes it: int32 [..., 2], number of the space and of the item."""
-        action = np.asarray(self.apply(observation)[0]).argmax(-1)
-        return np.stack(np.divmod(action, observation.items_mask.shape[-1]), -1).astype(np.int32)
-
-    def play(self, seed: int) -> list[State]:
-        """The states of one greedy episode, first to last, as `env.animate` takes them."""
-        return play_states(self.env, self._greedy, self.model, jax.random.PRNGKey(seed))
-
-
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads an iter_*.pkl of either method, or the newest one in a run's folder.
-
-    A file that holds anything but numpy arrays and plain containers is refused before any of it runs. Raises
-    `UsageError` with one line that says what was expected.
-    """
-    path = Path(os.path.expanduser(path))
-    if path.is_dir():
-        found = search_distill.find_checkpoints(path)
-        if not found:
-            raise UsageError(f"{path}: expected a run's folder with an iter_*.pkl in it; give a file or another folder")
-        path = found[-1]
-    contents = search_distill.read_checkpoint(path)
-    if contents["method"] not in METHODS:
-        raise UsageError(f"{path}: expected a checkpoint of {' or '.join(METHODS)}, got method={contents['method']}")
-    try:
-        config = METHODS[contents["method"]].Config(**contents["config"])
-        params, state = contents["model"]
-        network = METHODS[contents["method"]].make_network(config)
-        env = METHODS[contents["method"]].make_env()
-        expected = jax.eval_shape(
-            lambda key: network.init(key, env.reset(key)[1].observation), jax.ShapeDtypeStruct((2,), np.uint32)
-        )
-        search_distill.check_fit(expected, (params, state), "")
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should be', 'expected')}"
-        raise UsageError(f"{path}: its configuration is not one of this version ({reason})") from None
-    except (UsageError, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
-        raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
-    return Checkpoint(
-        path.absolute(), contents["method"], contents["iteration"], contents["frames"], config, params, state
-    )
-
-
-# ======================================================================================================================
-# Policies
-# ======================================================================================================================
-
-
-def make_sample_policy(network, config: RunConfig) -> Policy:
-    """An action drawn from the network's distribution. The model is (Model, number): each number gives an episode
-    of its own on the same instance."""
-
-    predict = search_distill.make_predict(network, config)
-
-    def act(numbered, key, state, observation, memory):
-        model, number = numbered
-        logits, _ = predict(model, observation)
-        return jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32), None, memory
-
-    return Policy(start=lambda *_: (), act=act)
-
-
-def make_random_policy() -> Policy:
-    """A uniformly random legal action."""
-
-    def act(model, key, state, observation, memory):
-        logits = jnp.where(search_distill.legal_actions(observation), 0.0, MASKED)
-        return jax.random.categorical(key, logits).astype(jnp.int32), None, memory
-
-    return Policy(start=lambda *_: (), act=act)
-
-
-def _rule(observation: Observation) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the simple rule looks at, [A] each: whether an action is legal, its item's volume, its space's volume."""
-    x, y, z = observation.items
-    ems = observation.ems
-    space = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
-    item, space = jnp.broadcast_arrays((x * y * z)[None], space[:, None])
-    return search_distill.legal_actions(observation), item.reshape(-1), space.reshape(-1)
-
-
-def largest_first(observation: Observation) -> jax.Array:
-    """The largest item into the smallest space that holds it, int32 []."""
-    legal, item, space = _rule(observation)
-    largest = legal & (item == jnp.where(legal, item, -1.0).max())
-    return jnp.where(largest, space, jnp.inf).argmin().astype(jnp.int32)
-
-
-def largest_first_order(observation: Observation) -> jax.Array:
-    """All flat actions in the order of that rule, int32 [A]: by item, then by space. Illegal actions come last."""
-    legal, item, space = _rule(observation)
-    return jax.lax.sort((~legal, -item, space, jnp.arange(legal.size)), num_keys=3)[-1]
-
-
-def make_largest_first_policy() -> Policy:
-    def act(model, key, state, observation, memory):
-        return largest_first(observation), None, memory
-
-    return Policy(start=lambda *_: (), act=act)
-
-
-def make_lookahead_policy(env: BinPack, num_candidates: int = 16) -> Policy:
-    """One ply of look-ahead without any learning: each of the rule's best actions is completed by the rule, and the
-    one with the best outcome is taken."""
-
-    def complete(state: State, observation: Observation) -> jax.Array:
-        def body(carry):
-            state, observation, total = carry
-            state, timestep = search_distill.step_flat(env, state, largest_first(observation))
-            return state, timestep.observation, total + timestep.reward
-
-        init = (state, observation, jnp.float32(0.0))
-        return jax.lax.while_loop(lambda carry: search_distill.is_decision(carry[1]), body, init)[2]
-
-    def act(model, key, state, observation, memory):
-        def outcome(action):
-            after, timestep = search_distill.step_flat(env, state, action)
-            return timestep.reward + complete(after, timestep.observation)
-
-        actions = largest_first_order(observation)[:num_candidates]
-        legal = search_distill.legal_actions(observation)[actions]
-        return actions[jnp.where(legal, jax.vmap(outcome)(actions), -1.0).argmax()], None, memory
-
-    return Policy(start=lambda *_: (), act=act)
-
-
-def search_settings(checkpoints: list[Checkpoint], config: Config) -> dict[Checkpoint, search_distill.Config]:
-    """How `policy=search` searches with each checkpoint: as in its training, or, for one of PPO, as in that of the
-    first other one (without any: by default, with completions)."""
-    own = {c: c.config for c in checkpoints if c.method == search_distill.METHOD}
-    other = next(iter(own.values()), search_distill.Config(leaf_value="completion"))
-    settings = {checkpoint: own.get(checkpoint, other) for checkpoint in checkpoints}
-    if config.leaf_value == "checkpoint":
-        return settings
-    return {key: one.model_copy(update=dict(leaf_value=config.leaf_value)) for key, one in settings.items()}
-
-
-def attempts(name: str, checkpoint: Checkpoint | None, env: BinPack, config: Config, settings: dict) -> list[tuple]:
-    """What a row of the table plays: pairs of policy and model, of whose episodes the best counts."""
+def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], config: Config) -> tuple[list, dict]:
+    """What a row of the table plays: pairs of policy and params, of whose episodes the best one counts, and settings of
+    the search. A checkpoint is searched with as in its training; one of PPO as the first other one that is not
+    (without any: by default, with completions)."""
+    script, env, network, params = checkpoint.script, checkpoint.env, checkpoint.network, checkpoint.params
     if name in FLOORS:
-        make = {
-            "random": make_random_policy,
-            "largest_first": make_largest_first_policy,
-            "lookahead": functools.partial(make_lookahead_policy, env),
-        }
-        return [(make[name](), ())]
-    network, model = checkpoint.network, checkpoint.model
-    greedy, sample = (checkpoint._greedy, model), make_sample_policy(network, checkpoint.config)
-    if name == "sample":
-        return [(sample, (model, np.int32(0)))]
-    if name == "best_of_n":
-        return [greedy] + [(sample, (model, np.int32(number))) for number in range(config.n)]
+        return [(FLOORS[name](checkpoint), ())], {}
+    greedy = [(script.make_greedy_policy(network, checkpoint.config), params)]
     if name == "search":
-        search = settings[checkpoint], config.num_simulations
-        return [greedy, (search_distill.make_playing_search(env, network, *search), model)]
-    return [greedy]
+        searching = [c for c in (checkpoint, *others) if hasattr(c.script, "make_playing_search")]
+        searcher = searching[0].script if searching else import_script("search_distill")
+        how = searching[0].config if searching else searcher.Config(leaf_value="completion")
+        if config.leaf_value != "checkpoint":
+            how = how.model_copy(update=dict(leaf_value=config.leaf_value))
+        search = searcher.make_playing_search(env, network, how, config.num_simulations)
+        return [*greedy, (search, params)], how.model_dump(mode="json", include=SEARCH_KEYS)
+    sample = make_sample_policy(checkpoint)
+    sampled = [(sample, (params, np.int32(number))) for number in range(config.n)]
+    return {"greedy": greedy, "sample": sampled[:1], "best_of_n": greedy + sampled}[name], {}
 
 
-# ======================================================================================================================
-# Scores
-# ======================================================================================================================
-
-
-def score(name: str, pairs: list[tuple[Policy, Any]], env: BinPack, keys: np.ndarray) -> tuple[Episodes, float]:
-    """Plays every instance -> (episodes, decisions per second).
-
-    The speed is that of trying everything on as many instances as the devices play at a time: the decisions of the
-    episodes that count, over the time of all that were played for them. Compilation is not in it.
-    """
-    size = search_distill.instances_at_a_time()
-    players = {policy: search_distill.make_player(env, policy) for policy, _ in pairs}
-    seconds: dict[Policy, list[float]] = {policy: [] for policy in players}  # The first compiles.
-
-    def timed(policy: Policy, model: Any, keys: np.ndarray) -> Episodes:
-        start = time.perf_counter()
-        episodes = players[policy](model, keys)
-        seconds[policy].append(time.perf_counter() - start)
-        return episodes
-
-    def in_pieces(policy: Policy, model: Any, keys: np.ndarray) -> Episodes:
-        parts = []
-        for start in range(0, len(keys), size):
-            parts.append(timed(policy, model, keys[start : start + size]))
-            bar.update(len(parts[-1].steps))
-        return Episodes(*(np.concatenate(field) for field in zip(*parts)))
-
-    episodes = None
-    with tqdm.tqdm(total=len(keys) * len(pairs), desc=name, unit="episode", disable=None, leave=False) as bar:
-        for policy, model in pairs:
-            play = functools.partial(in_pieces, policy)
-            if episodes is None:
-                episodes = play(search_distill.replicate(model), keys)
-            else:
-                bar.update(int(episodes.solved.sum()))
-                episodes = search_distill.keep_better(play, search_distill.replicate(model), keys, episodes)
-    for policy, model in pairs:
-        while len(seconds[policy]) < 2:
-            timed(policy, search_distill.replicate(model), keys[:size])
-    cost = sum(np.median(seconds[policy][1:]) for policy, _ in pairs)
-    return episodes, float(np.resize(episodes.steps, size).sum() / cost)
+def score(title: str, checkpoint: Checkpoint, attempts: list, keys: np.ndarray) -> tuple[Episodes, float]:
+    """Plays every instance -> (episodes, decisions per second). The speed is that of trying everything on as many
+    instances as the devices play at a time: the decisions of the episodes that count, over the time of all that were
+    played for them, without compilation."""
+    rollouts = {policy: checkpoint.script.make_rollout(checkpoint.env, policy) for policy, _ in attempts}
+    players = {policy: make_player(rollout) for policy, rollout in rollouts.items()}
+    ticks: dict[Policy, list[float]] = {policy: [] for policy in players}  # Ends of chunks; the first one compiles.
+    nothing, size, total = np.zeros(len(keys), int), instances_at_a_time(), len(keys) * len(attempts)
+    episodes = Episodes(np.full(len(keys), -1.0, np.float32), nothing, nothing.astype(bool))
+    with tqdm.tqdm(total=total, desc=title, unit="episode", disable=None, leave=False) as bar:
+        for policy, params in attempts:
+            bar.update(int(episodes.solved.sum()))
+            advance = lambda count: (bar.update(count), ticks[policy].append(time.perf_counter()))
+            play = functools.partial(players[policy], advance=advance)
+            episodes = keep_better(play, replicate(params), keys, episodes)
+            if len(ticks[policy]) < 3:
+                play(replicate(params), np.resize(keys, (3 * size, 2)))
+    seconds = sum(np.median(np.diff(ticks[policy])) for policy, _ in attempts)
+    return episodes, float(np.resize(episodes.steps, size).sum() / seconds)
 
 
 def difference(returns: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:
@@ -356,45 +790,32 @@ def table(rows: list[dict]) -> str:
     cells = [["", "policy", "utilisation", "filled", "items", "decisions/s", "difference from the first row"]]
     for row in rows:
         mean, low, high = row["difference"]
-        cells.append(
-            [
-                row["checkpoint"],
-                row["policy"],
-                f"{row['avg_return']:.4f} +- {row['avg_return_se']:.4f}",
-                f"{row['solved_rate']:.1%}",
-                f"{row['packed_items']:.2f}",
-                f"{row['decisions_per_second']:,.0f}",
-                f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if row is not rows[0] else "",
-            ]
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+        cells.append([row["checkpoint"], row["policy"], f"{row['avg_return']:.4f} +- {row['avg_return_se']:.4f}"])
+        cells[-1] += [f"{row['solved_rate']:.1%}", f"{row['packed_items']:.2f}"]
+        cells[-1] += [f"{row['decisions_per_second']:,.0f}", f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"]
+    cells[1][-1] = ""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-# ======================================================================================================================
-# Pictures
-# ======================================================================================================================
+# ====================================================== Pictures ======================================================
+def make_state_player(checkpoint: Checkpoint, policy: Policy) -> Callable[[Any, jax.Array], list[State]]:
+    """Returns play(params, key [2]) -> the states of the episode that the rollout plays, on the host, first to last."""
 
+    def act(params, key, state, observation, memory):
+        action, _, memory = policy.act(params, key, state, observation, memory)
+        return action, (state, action), memory  # The state in the place of the decision.
 
-def play_states(env: BinPack, policy: Policy, model: Any, key: jax.Array) -> list[State]:
-    """The states of one episode on the host, first to last: the same episode that `make_rollout` plays for the key."""
-    reset, start, act, step = _compiled(env, policy)
-    state, timestep = reset(jax.random.fold_in(key, MAX_DECISIONS))
-    memory = start(model, state, timestep.observation)
-    states = [jax.device_get(state)]
-    while search_distill.is_decision(timestep.observation):
-        t = len(states) - 1
-        action, _, memory = act(model, jax.random.fold_in(key, t), state, timestep.observation, memory)
-        state, timestep = step(state, action)
-        states.append(jax.device_get(state))
-    return states
+    rollout = jax.jit(checkpoint.script.make_rollout(checkpoint.env, policy._replace(act=act)))
+    step = jax.jit(functools.partial(checkpoint.script.step_flat, checkpoint.env))
 
+    def play(params: Any, key: jax.Array) -> list[State]:
+        trajectory = jax.device_get(rollout(params, key[None]))
+        length = trajectory.mask[0].sum()
+        pairs = [jax.tree.map(lambda x: x[0, t], trajectory.decision) for t in range(length)]
+        return [state for state, _ in pairs] + [jax.device_get(step(*pairs[-1])[0])]
 
-@functools.lru_cache(maxsize=8)
-def _compiled(env: BinPack, policy: Policy) -> tuple[Callable, ...]:
-    """reset, start, act and step as programs that serve every episode of a policy."""
-    step = functools.partial(search_distill.step_flat, env)
-    return tuple(map(jax.jit, (env.reset, policy.start, policy.act, step)))
+    return play
 
 
 def utilisation(state: State) -> float:
@@ -423,22 +844,19 @@ def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation
 
-    figure = plt.figure(figsize=(5.5 * len(episodes), 4.2), layout="constrained")
-    axes = [
-        figure.add_subplot(1, len(episodes), i + 1, projection="3d", proj_type="ortho", computed_zorder=False)
-        for i in range(len(episodes))
-    ]
+    look = dict(projection="3d", proj_type="ortho", computed_zorder=False)
+    shape = dict(figsize=(5.5 * len(episodes), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(episodes), subplot_kw=look, **shape)
     colours = plt.get_cmap("tab20").colors
 
     def draw(t: int) -> None:
-        for ax, (title, states) in zip(axes, episodes):
+        for ax, (title, states) in zip(axes[0], episodes):
             ax.clear()
             state = states[min(t, len(states) - 1)]
             lower = np.stack(state.items_location, -1).astype(float)
             size = np.stack(state.items, -1).astype(float)
             for zorder, i in enumerate(back_to_front(np.flatnonzero(state.items_placed), lower, lower + size)):
-                colour = colours[i % 20]
-                ax.bar3d(*lower[i], *size[i], color=colour, edgecolor="black", linewidth=0.5, zorder=zorder)
+                ax.bar3d(*lower[i], *size[i], color=colours[i % 20], edgecolor="black", linewidth=0.5, zorder=zorder)
             box = jax.tree.map(float, state.container)
             ax.set(xlim=(box.x1, box.x2), ylim=(box.y1, box.y2), zlim=(box.z1, box.z2), xticks=[], yticks=[], zticks=[])
             ax.set_box_aspect((box.x2 - box.x1, box.y2 - box.y1, box.z2 - box.z1), zoom=0.95)
@@ -458,19 +876,14 @@ def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
 def read_curve(run_dir: Path) -> np.ndarray:
     """The evaluations of a run, [rows, 3]: decisions, hours of collecting and learning, greedy utilisation. Time that
     went into evaluations is not in the hours, so that their number does not count against a run."""
-    log, rows, seconds = run_dir / "metrics.jsonl", [], 0.0
-    try:
-        for line in search_distill._rows_up_to(log, sys.maxsize):
-            row = json.loads(line)
-            seconds += row.get("perf/iteration_seconds", 0.0)
-            if row["iteration"] > 0 and "eval/greedy/avg_return" in row:
-                rows.append([row["frames"], seconds / 3600, row["eval/greedy/avg_return"]])
-        curve = np.array(rows, np.float64)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(f"{log}: expected the log of a run, got something else; give the folder of a run") from None
-    if not rows:
+    log, points, seconds = run_dir / "metrics.jsonl", [], 0.0
+    for row in read_log(log):
+        seconds += row.get("perf/iteration_seconds", 0.0)
+        if row["iteration"] > 0 and {"frames", "eval/greedy/avg_return"} <= row.keys():
+            points.append([row["frames"], seconds / 3600, row["eval/greedy/avg_return"]])
+    if not points:
         raise UsageError(f"{log}: expected evaluations after the first iteration, got none; give the folder of a run")
-    return curve
+    return np.array(points, np.float64)
 
 
 def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
@@ -498,128 +911,88 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
     plt.close(figure)
 
 
-# ======================================================================================================================
-# Main
-# ======================================================================================================================
-
-
-def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """-> (paths of checkpoints, overrides)."""
-    paths, overrides = [], []
-    queue = list(argv)
-    while queue:
-        word = queue.pop(0)
-        if word.startswith("--"):
-            overrides += [word] + ([queue.pop(0)] if "=" not in word and queue else [])
-        elif "=" in word and not os.path.exists(word):
-            overrides.append(word)
-        else:
-            paths.append(word)
-    return paths, overrides
-
-
+# ======================================================== Main ========================================================
 def distinct_names(paths: list[Path], parts: int) -> list[str]:
     """The last parts of each path, as many as tell the paths apart."""
-    while parts < max((len(path.parts) for path in paths), default=0):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-        parts += 1
-    return ["/".join(path.parts[-parts:]) for path in paths]
+    names = ["/".join(path.parts[-parts:]) for path in paths]
+    told_apart = len(set(names)) == len(set(paths)) or all(parts >= len(path.parts) for path in paths)
+    return names if told_apart else distinct_names(paths, parts + 1)
 
 
-def evaluate(words: list[str], paths: list[str], config: Config) -> None:
-    """Does what the configuration asks for. `words` is the command line, to be kept with the figures."""
+def evaluate(words: list[str], paths: list[str], config: Config) -> int:
+    """Does what the configuration asks for; returns 0. `words`, the command line, is kept with the figures."""
     wanting = [name for name in config.policy if name not in FLOORS]
     if not paths and (wanting or config.curves or not config.policy):
         asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
-        raise UsageError(
-            f"{asked}: expected a checkpoint, got none; type python evaluate.py CHECKPOINT ..., or one of policy="
-            + ",".join(FLOORS)
-        )
+        hint = f"type python evaluate.py CHECKPOINT ..., or one of policy={','.join(FLOORS)}"
+        raise UsageError(f"{asked}: expected a checkpoint, got none; {hint}")
     if config.render and config.instance >= config.num_episodes:
-        raise UsageError(
-            f"instance={config.instance}: expected less than num_episodes={config.num_episodes}; type instance=0"
-        )
+        what = f"instance={config.instance}: expected less than num_episodes={config.num_episodes}"
+        raise UsageError(f"{what}; type instance=0")
     if config.render and not config.policy:
         raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
+    use_cpu_cores(config.num_episodes)
+    use_compilation_cache(CACHE_DIR)
     checkpoints = [load_checkpoint(path) for path in paths]
     run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
     curves = {run_dir: read_curve(run_dir) for run_dir in run_dirs if config.curves}
-
     parts = 3 if any(c.path.name.startswith("iter_") for c in checkpoints) else 1  # iter_000300 needs its folders.
     names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], parts)))
-    settings = search_settings(checkpoints, config)
-    env = search_distill.make_env()
-    keys = search_distill.evaluation_keys(config.seed, config.num_episodes)
-    plan = [(name, c) for name in config.policy for c in ([None] if name in FLOORS else checkpoints)]
-    rows, pictures = [], []
-    for name, checkpoint in plan:
-        title = f"{names[checkpoint]} {name}" if checkpoint else name
-        pairs = attempts(name, checkpoint, env, config, settings)
-        episodes, speed = score(title, pairs, env, keys)
-        row = dict(checkpoint=names.get(checkpoint, ""), policy=name) | search_distill.summarise(episodes)
-        row |= dict(decisions_per_second=speed, returns=episodes.returns.tolist())
-        row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"]) if rows else episodes.returns)
-        if name == "search":
-            row["search"] = settings[checkpoint].model_dump(mode="json", include=SEARCH_KEYS)
-        if checkpoint:
-            training = dict(method=checkpoint.method, iteration=checkpoint.iteration, frames=checkpoint.frames)
-            row["training"] = training | dict(config=checkpoint.config.model_dump(mode="json"))
-        rows.append(row)
-        if config.render and len(pictures) < 2:
-            played = (play_states(env, policy, model, keys[config.instance]) for policy, model in pairs)
-            pictures.append((title, max(played, key=lambda states: utilisation(states[-1]))))
+    keys, rows, pictures = evaluation_keys(config.seed, config.num_episodes), [], []
+    for policy in config.policy:
+        for checkpoint in [without_network()] if policy in FLOORS else checkpoints:
+            name = names.get(checkpoint, "")
+            attempts, search = make_attempts(policy, checkpoint, checkpoints, config)
+            episodes, speed = score(f"{name} {policy}", checkpoint, attempts, keys)
+            row = dict(checkpoint=name, policy=policy) | summarise(episodes)
+            row |= dict(decisions_per_second=speed, returns=episodes.returns.tolist())
+            row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"] if rows else row["returns"]))
+            row |= dict(search=search) if search else {}
+            if name:
+                training = dict(method=checkpoint.method, iteration=checkpoint.iteration, frames=checkpoint.frames)
+                row["training"] = training | dict(config=checkpoint.config.model_dump(mode="json"))
+            rows.append(row)
+            if config.render and len(pictures) < 2:
+                players = {policy: make_state_player(checkpoint, policy) for policy, _ in attempts}
+                played = [players[policy](params, keys[config.instance]) for policy, params in attempts]
+                best = max(played, key=lambda states: utilisation(states[-1]))
+                pictures.append((f"{name} {row['policy']}".strip(), best))
     if rows:
         print(table(rows))
     if config.json:
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        results = dict(command=shlex.join(["python", "evaluate.py", *words]), commit=commit(), device=device)
-        results |= dict(versions=search_distill.library_versions(), **config.model_dump(mode="json"), rows=rows)
-        Path(config.json).write_text(json.dumps(results, indent=1) + "\n")
+        file = dict(command=shlex.join(["python", "evaluate.py", *words]), commit=commit(), device=device)
+        file |= dict(versions=library_versions(), **config.model_dump(mode="json"), rows=rows)
+        Path(config.json).write_text(json.dumps(file, indent=1) + "\n")
     if pictures:
         draw_episodes(config.render, pictures)
     if config.curves:
         parents = list(dict.fromkeys(run_dir.parent for run_dir in run_dirs))
-        labels = dict(zip(parents, distinct_names(parents, 1)))
-        draw_curves(
-            config.curves,
-            {labels[parent]: [curves[d] for d in run_dirs if d.parent == parent] for parent in parents},
-        )
+        labels = zip(parents, distinct_names(parents, 1))
+        groups = {label: [curves[d] for d in run_dirs if d.parent == parent] for parent, label in labels}
+        draw_curves(config.curves, groups)
+    return 0
 
 
 def commit() -> str:
     """The commit of this checkout, marked if it was changed; empty outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    command = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    run = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return run.stdout.strip()
 
 
 def main(argv: list[str]) -> int:
     """The command line: 0, or 2 with one line for a user's mistake."""
     if {"-h", "--help"} & set(argv):
-        print(search_distill.help_text(__doc__, Config, {}))
+        print(help_text(__doc__, Config, {}))
         return 0
-    try:
-        paths, overrides = split_words(argv)
-        config, _ = search_distill.parse_command_line(overrides, Config, {})
-        search_distill.use_cpu_cores(config.num_episodes)
-        search_distill.use_compilation_cache(search_distill.Config().compilation_cache_dir)
-        evaluate(argv, paths, config)
-        return 0
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error}; make room, or give another file", file=sys.stderr)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: a device has not enough memory; type a smaller num_simulations or n", file=sys.stderr)
-    return 2
+    paths: list[str] = []
+    run = lambda: evaluate(argv, paths, parse_command_line(argv, Config, {}, paths)[0])
+    return exit_status(run, smaller="num_simulations or n", after_file_error="make room, or give another file")
 
 
 if __name__ == "__main__":
+    import evaluate as module  # As the training scripts import it, so that its classes exist once.
+
     os.environ.setdefault("MPLBACKEND", "Agg")  # Pictures go to files.
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(module.main(sys.argv[1:]))

@@ -1,12 +1,14 @@
-r"""Collects finished runs of `preset=cpu` into `tests/results/cpu_preset.json` and makes the README's table and curves
-from it and `tests/results/floors.json`, and its tables of speeds and of faults.
+r"""Makes the tables of the READMEs and the curves from the measured files, and adds runs of `preset=cpu` to these.
 
+    python tests/collect_results.py                       # only the tables and the curves
     python tests/collect_results.py "2 cores of an AMD EPYC" checkpoints/BinPack-v2/nsim_4 checkpoints/BinPack-v2/ppo
 
-takes a description of the machine and a folder of each method that holds `seed_*`. What another machine found stays
-beside it, and the tables are over the runs of all: where numbers are rounded otherwise, a seed is another run. The best
-run of each method becomes `checkpoints/METHOD_cpu.pkl`.
-Without arguments only the tables and the curves are made. The floors come from
+The second form takes a description of the machine and a folder of each method that holds `seed_*`. It adds these
+finished runs to `tests/results/cpu_preset.json` and keeps those of other machines. The tables are over the runs of all
+machines: each rounds in its own way, so a seed gives another run there. The best run of each method becomes
+`checkpoints/METHOD_cpu.pkl`.
+
+`TABLES` says which table stands in which README. The floors come from
 
     python evaluate.py policy=random,largest_first,lookahead json=tests/results/floors.json
 
@@ -20,12 +22,12 @@ and on instances that no choice was made on from
     python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl seed=7 num_episodes=4096 \
         json=tests/results/fresh_instances.json
 
-those of PPO with as many decisions as search distillation from three runs
+those of PPO with as many decisions as search distillation from three runs (SEED = 0, 1, 2)
 
     python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
     python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
 
-the table of speeds from tests/benchmarks/throughput.py, that of faults from tests/measure_reliability.py.
+the table of speeds from tests/benchmarks/throughput.py, and that of faults from tests/measure_reliability.py.
 """
 
 import json
@@ -42,6 +44,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
+TABLES = {
+    "README.md": ("results",),
+    "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
+    "tests/benchmarks/README.md": ("speed",),
+}
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 SHIPPED = ROOT / "tests" / "results" / "checkpoints.json"
@@ -54,11 +61,11 @@ CHECKPOINTS = ROOT / "checkpoints"
 FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
-    "lookahead": "one-ply look-ahead with that rule, 16 actions",
+    "lookahead": "that rule, looking one move ahead at 16 actions",
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
-PLAY = ".venv/bin/python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
+PLAY = "python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
 METHODS = {"search_distill": "search distillation", "ppo": "PPO"}
 
 
@@ -74,13 +81,14 @@ def collect(folder: Path) -> dict:
     runs = []
     for run_dir in sorted(folder.glob("seed_*")):
         checkpoint = evaluate.load_checkpoint(run_dir)
-        script = evaluate.METHODS[checkpoint.method]
+        script = checkpoint.script
         config = checkpoint.config.model_dump(mode="json")
-        expected = script.Config(**script.PRESETS["cpu"]).model_dump(mode="json")
+        preset, _ = evaluate.parse_command_line(["preset=cpu"], script.Config, script.PRESETS)
+        expected = preset.model_dump(mode="json")
         changed = [key for key, value in config.items() if key not in OWN_KEYS and value != expected[key]]
         if changed:
             sys.exit(f"{run_dir}: expected a run of preset=cpu, got one with other values of {', '.join(changed)}")
-        row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        row = evaluate.read_log(run_dir / "metrics.jsonl")[-1]
         if row["iteration"] != config["max_num_iters"]:
             sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {row['iteration']}")
         curve = [dict(zip(CURVE, point)) for point in evaluate.read_curve(run_dir).tolist()]
@@ -92,7 +100,7 @@ def collect(folder: Path) -> dict:
     commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
     if not commit or commit.endswith("-dirty"):
         sys.exit(f"{folder}: expected runs inside the clean checkout that made them, got {commit or 'no commit'} there")
-    versions = evaluate.search_distill.read_checkpoint(checkpoint.path)["versions"]
+    versions = evaluate.read_checkpoint(checkpoint.path)["versions"]
     command = f"python {Path(script.__file__).name} preset=cpu seed=SEED"
     return dict(command=command, method=checkpoint.method, commit=commit, versions=versions, config=config, runs=runs)
 
@@ -121,9 +129,9 @@ def ship(folder: Path, group: dict, results: dict) -> None:
     best = max(group["runs"], key=utilisation)
     if utilisation(best) < max(map(utilisation, of_method(results, group["method"]))):
         return
-    contents = evaluate.search_distill.read_checkpoint(evaluate.load_checkpoint(folder / f"seed_{best['seed']}").path)
+    contents = evaluate.read_checkpoint(evaluate.load_checkpoint(folder / f"seed_{best['seed']}").path)
     name = f"{contents['method']}_cpu.pkl"
-    evaluate.search_distill.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": []})
+    evaluate.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": []})
 
 
 def at(run: dict, hours: float) -> float:
@@ -137,11 +145,17 @@ def at(run: dict, hours: float) -> float:
     return run["curve"][-1]["utilisation"]
 
 
-def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dict, equal_decisions: dict) -> str:
-    """The README's table and what belongs to it."""
+def where(results: dict) -> str:
+    """Seeds and machines of the runs."""
+    seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
+    return f"seeds {seeds} on {', and again on '.join(by_device(results))}"
+
+
+def results_table(results: dict, floors: dict, benchmark: dict) -> str:
+    """What the methods reach, and what its figures are."""
     devices = by_device(results)
     lines = [
-        f"| `preset=cpu`, {' / '.join(devices)} | decisions | minutes | utilisation | filled completely |",
+        "| two CPU cores, `preset=cpu` | decisions | minutes | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -165,21 +179,59 @@ def table(results: dict, floors: dict, benchmark: dict, scores: dict, fresh: dic
             digits = 2 if error >= 0.005 else 3
             figures = f"{mean:.{digits}f} ± {error:.{digits}f} % | {solved:.1f} ± {solved_error:.1f} %"
             lines.append(f"| {METHODS[method]}, {label} | {cost} | {figures} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *(f"- {text}" for text in notes(results, benchmark, equal_decisions)),
-            "",
-            f"`checkpoints/` has the best run of each, {shipped(results)}. {on_fresh_instances(fresh)}"
-            f" {with_search(scores)} To play all of these again:",
-            "",
-            "```bash",
-            f"{PLAY}    # the networks alone, half a minute",
-            *(f"{PLAY} {words(played)}" for played in (scores, fresh)),
-            "```",
-        ]
-    )
+    tried = tried_moves(results, benchmark)
+    of_each = " (one figure for each machine)" if len(devices) > 1 else ""
+    notes = [
+        f"± is the standard error. A network's is over its runs: {where(results)}. A rule's is over the instances.",
+        f"A decision is one played move. The search tries {tried:.0f} more for each; the minutes{of_each} include them"
+        " and compilation, but no evaluation.",
+        "With search on top, the better of two episodes counts: the network's own and the search's.",
+    ]
+    return "\n".join([*lines, "", *(f"- {text}" for text in notes)])
+
+
+def tried_moves(results: dict, benchmark: dict) -> float:
+    """Moves that the search tries for each one that is played: steps of a batch, less those that are played."""
+    played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
+    tried = benchmark["phases"]["batched_steps"] - evaluate.import_script("search_distill").MAX_DECISIONS
+    return tried * results["groups"][0]["config"]["rollout_batch_size"] / played
+
+
+def runs_table(results: dict) -> str:
+    """Where the figures of the networks come from."""
+    runs = of_method(results, "search_distill")
+    errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
+    minutes = 60 * max(run["curve"][0]["hours"] for run in runs)
+    least = 100 * min(run["curve"][0]["utilisation"] for run in runs)
+    commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
+    lines = [
+        f"- Commands: {commands}, with {where(results)}. Machines round differently, so a seed gives another run"
+        " on each.",
+        "- ± is the standard error over all runs of a method, on all machines. The error of one network's mean over the"
+        f" instances is {min(errors):.2f} to {max(errors):.2f} %.",
+        "- Minutes are those of collecting and learning. They include compilation, which is short after the first seed:"
+        " much of it then comes from the cache.",
+        "- With search on top, the search plays the instances that the network alone does not fill. The better of the"
+        " two episodes counts.",
+        f"- The first evaluation comes after {minutes:.1f} minutes at most. By then the network of search distillation"
+        f" packs at least {least:.1f} % in every run.",
+    ]
+    return "\n".join(lines)
+
+
+def checkpoints_table(results: dict, scores: dict, fresh: dict) -> str:
+    """Which runs are shipped, what they reach, and how to play them again."""
+    lines = [
+        "`checkpoints/` holds the best run of each method, without the optimizer's state:",
+        "",
+        *(f"- {text}" for text in shipped(results)),
+        "",
+        on_fresh_instances(fresh),
+        "",
+        with_search(scores),
+    ]
+    lines += ["", "To play all of these again:", "", "```bash", f"{PLAY}    # the networks alone, half a minute"]
+    return "\n".join([*lines, *(f"{PLAY} {words(played)}" for played in (scores, fresh)), "```"])
 
 
 def words(scores: dict) -> str:
@@ -188,16 +240,15 @@ def words(scores: dict) -> str:
     return text.rpartition(" json=")[0]
 
 
-def shipped(results: dict) -> str:
+def shipped(results: dict) -> list[str]:
     """The seed and the figure of the network alone of each method's best run."""
     found = []
     for method in METHODS:
         runs = [(run, device) for device, of_device in by_device(results).items() for run in of_device.get(method, [])]
         run, device = max(runs, key=lambda found: utilisation(found[0]))
-        found.append(
-            f"`{method}_cpu.pkl` (seed {run['seed']}, network alone {100 * utilisation(run):.2f} %, on {device})"
-        )
-    return " and ".join(found)
+        network = f"network alone {100 * utilisation(run):.2f} %"
+        found.append(f"`{method}_cpu.pkl` (seed {run['seed']}, {network}, on {device})")
+    return found
 
 
 def score(row: dict) -> str:
@@ -208,16 +259,16 @@ def score(row: dict) -> str:
 def paired(row: dict, other: dict) -> str:
     """Mean difference over instances and its 95 % interval, percentage points."""
     mean, low, high = (100 * x for x in evaluate.difference(np.array(row["returns"]), np.array(other["returns"])))
-    return f"{mean:.2f} percentage points, 95 % interval [{low:.2f}, {high:.2f}]"
+    return f"{mean:.2f} percentage points (95 % interval [{low:.2f}, {high:.2f}])"
 
 
 def with_search(scores: dict) -> str:
     """What both shipped networks reach with search on top."""
     first, second = (row for row in scores["rows"] if row["policy"] == "search")
     return (
-        f"With the same {scores['num_simulations']}-simulation search on top both come close to the end of the scale,"
-        f" {score(first)} and {score(second)} on the {scores['num_episodes']:,} instances of the table (difference"
-        f" {paired(first, second)})."
+        f"With the same {scores['num_simulations']}-simulation search on top, both come close to 100 %: {score(first)}"
+        f" and {score(second)}, on the {scores['num_episodes']:,} instances of the first table. The difference is"
+        f" {paired(first, second)}."
     )
 
 
@@ -225,36 +276,16 @@ def on_fresh_instances(scores: dict) -> str:
     """What both shipped networks reach on instances that no choice was made on, and their paired difference."""
     first, second = scores["rows"]
     return (
-        f"On {scores['num_episodes']:,} instances (`seed={scores['seed']}`) by which neither the recipe nor these runs"
-        f" were chosen, the networks alone reach {score(first)} and {score(second)}. The difference of these two"
-        f" networks is {paired(first, second)}; errors over instances say nothing about other seeds of training."
+        "The best of several runs looks better than it is on the instances that chose it. On"
+        f" {scores['num_episodes']:,} others (`seed={scores['seed']}`), by which neither the recipe nor these runs were"
+        f" chosen, the networks alone reach {score(first)} and {score(second)}. The difference of these two networks is"
+        f" {paired(first, second)}. This interval is over instances; it says nothing about other seeds of training."
     )
 
 
-def notes(results: dict, benchmark: dict, equal_decisions: dict) -> list[str]:
-    """What the table's figures are, and what the curves say of time and decisions."""
-    devices, search = by_device(results), of_method(results, "search_distill")
-    seeds = ", ".join(str(run["seed"]) for run in results["groups"][0]["runs"])
-    errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
-    played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
-    # Steps of a batch, less those that are played.
-    tried = benchmark["phases"]["batched_steps"] - evaluate.search_distill.MAX_DECISIONS
-    moves = tried * results["groups"][0]["config"]["rollout_batch_size"] / played
-    minutes = 60 * max(run["curve"][0]["hours"] for run in search)
-    least = 100 * min(run["curve"][0]["utilisation"] for run in search)
-    commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
-    on_each = " on each machine (rounding differs between machines, so a seed is another run there)"
-    texts = [
-        f"The networks' figures and curves are those of {commands}, SEED = {seeds}{on_each * (len(devices) > 1)}."
-        " ± is the standard error over these runs (for the rules: over instances). The error of a network's mean over"
-        f" instances is {min(errors):.2f} to {max(errors):.2f} %.",
-        f"Decisions are moves that were played; the search tries {moves:.0f} more for each, which the minutes count."
-        " Minutes are those of collecting and learning; compilation is included (after the first seed much of it comes"
-        " from the cache), evaluation is not. With search on top, the better of two episodes counts, the network's and"
-        " the search's.",
-        f"At its first evaluation, after {minutes:.1f} minutes at most, the network of search distillation packs at"
-        f" least {least:.1f} % in every run.",
-    ]
+def comparison_table(results: dict, equal_decisions: dict) -> str:
+    """Both methods at equal wall-clock on each machine, and at equal numbers of decisions."""
+    devices, lines = by_device(results), []
     limits, differences, means = [], [], []
     for of_device in devices.values():  # Hours are those of one machine.
         if all(method in of_device for method in METHODS):
@@ -265,105 +296,121 @@ def notes(results: dict, benchmark: dict, equal_decisions: dict) -> list[str]:
             means.append(values)
     if limits:
         figures = " and ".join(
-            "{} {:.2f} ± {:.2f} %".format(METHODS[method], *mean_and_error([x for of in means for x in of[method]]))
+            "{:.2f} ± {:.2f} % ({})".format(*mean_and_error([x for of in means for x in of[method]]), METHODS[method])
             for method in METHODS
         )
         mean, error = mean_and_error([x for of_device in differences for x in of_device])
         each = " and ".join("{:.2f} ± {:.2f}".format(*mean_and_error(x)) for x in differences)
-        each = f" ({each} on the machines by themselves)" if len(differences) > 1 else ""
-        texts.append(
-            f"At equal wall-clock, {' / '.join(limits)} minutes, the networks alone reach: {figures}. The difference of"
-            f" runs with the same seed on the same machine is {mean:.2f} ± {error:.2f} percentage points{each}."
-        )
+        each = f" ({each} on the single machines)" if len(differences) > 1 else ""
+        lines += [
+            f"At equal wall-clock, {' / '.join(limits)} minutes, the networks alone reach {figures}. The difference of"
+            f" runs with the same seed on the same machine is {mean:.2f} ± {error:.2f} percentage points{each}.",
+            "",
+        ]
     of_ppo, error = mean_and_error([100 * row["avg_return"] for row in equal_decisions["rows"]])
     trained = equal_decisions["rows"][0]["training"]["config"]
     keys = "max_num_iters", "learning_rate_decay_iters"
     changed = " ".join(f"{key}={trained[key]}" for key in keys)
     decisions = statistics.mean(row["training"]["frames"] for row in equal_decisions["rows"])
-    texts.append(
-        f"With {round(decisions, -3):,.0f} decisions, about as many as search distillation, and its learning rate"
-        f" decaying over them, PPO's network alone reaches {of_ppo:.2f} ± {error:.2f} % (`python"
-        f" train_ppo_binpack.py preset=cpu {changed} seed=SEED`)."
+    return "\n".join(
+        [
+            *lines,
+            f"At equal numbers of decisions, PPO's network alone reaches {of_ppo:.2f} ± {error:.2f} %. Its learning"
+            f" rate decays over its {round(decisions, -3):,.0f} decisions, which are about as many as search"
+            " distillation's:",
+            "",
+            "```bash",
+            "for seed in 0 1 2; do",
+            f"  python train_ppo_binpack.py preset=cpu {changed} save_dir=checkpoints/equal_decisions seed=$seed",
+            "done",
+            "```",
+        ]
     )
-    texts.append(
-        "Collected by `tests/collect_results.py` into `tests/results/`: `cpu_preset.json`, `floors.json`,"
-        " `ppo_equal_decisions.json`, and for the figures below `checkpoints.json` and `fresh_instances.json`. Each"
-        " file says by which command, commit and versions it was made."
-    )
-    return texts
 
 
-def speed(benchmark: dict) -> str:
-    """The README's table of a run of tests/benchmarks/throughput.py, and what the phases say."""
+def speed_table(benchmark: dict) -> str:
+    """A run of tests/benchmarks/throughput.py, and what the phases say."""
     lines = [f"| {benchmark['device']} | decisions/s | time of a decision |", "|---|---|---|"]
     for row in benchmark["arms"]:
         lines.append(f"| {row['arm']} | {row['decisions_per_second']:,.0f} | {row['ratio']:.2f} |")
     phases, environment = benchmark["phases"], benchmark["environment"]
     whole = statistics.median(benchmark["arms"][0]["seconds"])
-    share = lambda seconds: f"{100 * seconds / whole:.0f} %"  # noqa: E731
+    share = lambda seconds: f"{100 * seconds / whole:.0f} %"
     unexplained = whole - phases["collect"] - phases["gradient_steps"]
-    sentences = [
-        "Of the arms, *Jumanji's EMS update* is its own loop over the empty maximal spaces; *800-wide search* keeps",
-        "all 800 actions in the tree's nodes; *host-side shuffling* gathers the minibatches with numpy, which costs",
-        "nothing where host and device share a memory; *every pass at full size*",
-        f"takes all 40 spaces and 20 items, whatever is legal. An iteration takes {whole:.1f} s. Timed by themselves,",
-        f"the search's network passes are {share(phases['network'])} of it, environment steps",
-        f"{share(phases['environment'])}, gradient steps {share(phases['gradient_steps'])}, the search's trees and",
-        f"whatever else collecting does {share(phases['tree_and_rest'])}; the other {share(unexplained)} appear only",
-        f"when all run together. A pass reaches {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large",
-        f"matrix products, one on each device; {100 * phases['padding_share']:.1f} % of the searched decisions are",
-        f"padding. A step of the environment takes {environment['microseconds']:.0f} µs a state at batch 1,024,",
-        f"Jumanji's own {environment['jumanji_microseconds']:.0f} µs.",
+    lines += [
+        "",
+        "- *Jumanji's EMS update* is its own loop over the empty maximal spaces.",
+        "- *800-wide search* keeps all 800 actions in the nodes of the tree.",
+        "- *host-side shuffling* gathers the minibatches with numpy. This costs nothing where host and device share a"
+        " memory.",
+        "- *every pass at full size* takes all 40 spaces and 20 items, however few are legal.",
+        "- The time of a decision is the median ratio of iterations that ran side by side.",
+        "",
+        f"An iteration takes {whole:.1f} s. Timed by themselves, the search's network passes take"
+        f" {share(phases['network'])} of it, environment steps {share(phases['environment'])}, the search's trees and"
+        f" whatever else collecting does {share(phases['tree_and_rest'])}, and gradient steps"
+        f" {share(phases['gradient_steps'])}. The other {share(unexplained)} appear only when all run together.",
+        "",
+        f"- The network passes reach {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix"
+        " products, one on each device.",
+        f"- {100 * phases['padding_share']:.1f} % of the searched decisions are padding, after the end of an episode.",
+        f"- A step of the environment takes {environment['microseconds']:.0f} µs a state at batch 1,024. Jumanji's own"
+        f" takes {environment['jumanji_microseconds']:.0f} µs.",
+        "",
+        "| seconds that a new process takes | tracing | compiling | from the cache |",
+        "|---|---|---|---|",
     ]
-    table = ["| seconds that a new process takes | tracing | compiling | from the cache |", "|---|---|---|---|"]
     for key, name in (("compilation", "`preset=cpu`"), ("compilation_of_the_full_run", "the full run")):
         cost = benchmark[key]
         times = f"{cost['cold_tracing']:.0f} | {cost['cold_compiling']:.0f} | {cost['warm_compiling']:.1f}"
-        table.append(f"| {name}, an iteration | {times} |")
-    made = (
-        f"From `{benchmark['command']}` at commit {benchmark['commit'][:7]}, with the checkpoint of that commit. The"
-        " time of a decision is the median ratio of iterations that ran side by side."
-    )
-    return "\n".join([*lines, "", " ".join(sentences), "", *table, "", made])
+        lines.append(f"| {name}, an iteration | {times} |")
+    made = f"Measured at commit {benchmark['commit'][:7]}, with the checkpoint of that commit:"
+    return "\n".join([*lines, "", made, "", "```bash", benchmark["command"], "```"])
 
 
-def reliability(found: dict) -> str:
-    """The README's table of a run of tests/measure_reliability.py."""
+def reliability_table(found: dict) -> str:
+    """A run of tests/measure_reliability.py."""
     lines = ["| fault | injected | survived | lost |", "|---|---|---|---|"]
     for row in found["kinds"].values():
         lines.append(f"| {row['faults']} | {row['injected']:,} | {row['survived']:,} | {row['lost']:,} |")
-    device = ", ".join(sorted({row["device"] for row in found["kinds"].values()}))
+    device = "; ".join(sorted({row["device"] for row in found["kinds"].values()}))
     minutes = [row["minutes"] for row in found["kinds"].values()]
     of_two = max(sum(minutes) / 2, *minutes)
-    return "\n".join([*lines, "", f"{device}; {of_two:.0f} minutes with two kinds at a time."])
+    made = f"Device: {device}. Time: {of_two:.0f} minutes, with two kinds of fault at a time."
+    return "\n".join([*lines, "", made])
 
 
 def tables() -> dict[str, str]:
-    """The README's tables by name, from the committed files."""
-    read = lambda path: json.loads(path.read_text())  # noqa: E731
-    benchmark = read(BENCHMARK)
+    """All tables by name, from the committed files."""
+    read = lambda path: json.loads(path.read_text())
+    results, benchmark = read(RESULTS), read(BENCHMARK)
     return dict(
-        results=table(read(RESULTS), read(FLOORS), benchmark, read(SHIPPED), read(FRESH), read(EQUAL_DECISIONS)),
-        speed=speed(benchmark),
-        reliability=reliability(read(RELIABILITY)),
+        results=results_table(results, read(FLOORS), benchmark),
+        runs=runs_table(results),
+        comparison=comparison_table(results, read(EQUAL_DECISIONS)),
+        checkpoints=checkpoints_table(results, read(SHIPPED), read(FRESH)),
+        reliability=reliability_table(read(RELIABILITY)),
+        speed=speed_table(benchmark),
     )
 
 
-def with_tables(readme: str) -> str:
-    for name, text in tables().items():
+def with_tables(name: str) -> str:
+    """The text of a README, with its tables as they should be."""
+    readme, found = (ROOT / name).read_text(), tables()
+    for table in TABLES[name]:
         readme, count = re.subn(
-            rf"(<!-- {name} table: .*? -->\n).*?(<!-- end of {name} table -->)",
-            lambda match, text=text: match.group(1) + text + "\n" + match.group(2),
+            rf"(<!-- {table} table: .*? -->\n).*?(<!-- end of {table} table -->)",
+            lambda match, text=found[table]: match.group(1) + text + "\n" + match.group(2),
             readme,
             flags=re.DOTALL,
         )
-        assert count == 1, f"README.md: expected one place for the {name} table, found {count}"
+        assert count == 1, f"{name}: expected one place for the {table} table, found {count}"
     return readme
 
 
 def draw(results: dict) -> None:
-    """The README's curves."""
-    points = lambda run: np.array([[point[key] for key in CURVE] for point in run["curve"]])  # noqa: E731
+    """The curves of all runs."""
+    points = lambda run: np.array([[point[key] for key in CURVE] for point in run["curve"]])
     groups = {
         f"{METHODS[method]}, {device}": [points(run) for run in runs]
         for device, of_device in by_device(results).items()
@@ -385,8 +432,8 @@ def main(argv: list[str]) -> None:
         for folder, group in zip(folders, groups):
             ship(Path(folder), group, results)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for name in TABLES:
+        (ROOT / name).write_text(with_tables(name))
     draw(json.loads(RESULTS.read_text()))
 
 

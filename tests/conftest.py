@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import pytest
 
+import evaluate
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
@@ -60,7 +61,7 @@ SMALL = dict(
 OF_SEARCH = ("num_simulations", "leaf_value", "search_width", "max_num_considered_actions", "eval_num_simulations",
              "eval_value_scale")  # fmt: skip
 NOT_OF_PPO = (*OF_SEARCH, "num_epochs", "min_target_kl", "learning_rate")
-SMALL_WORDS = [f"{key}={script._as_typed(value)}" for key, value in SMALL.items()]
+SMALL_WORDS = [f"{key}={evaluate.as_typed(value)}" for key, value in SMALL.items()]
 
 
 OF_THE_RUN = (*script.NOT_OF_THE_RESULT, "seed", "wandb_project", "save_interval", "max_skipped_updates")
@@ -177,28 +178,27 @@ def network(config):
 
 
 @pytest.fixture(scope="session")
-def model(env, network, config):
+def params(env, network, config):
     """Random parameters, with a policy that is neither uniform nor certain."""
-    state = script.init_train_state(env, network, config)
-    return script.Model(jax.tree.map(lambda x: 1.5 * x, state.params), state.net_state)
+    return jax.tree.map(lambda x: 1.5 * x, script.init_train_state(env, network, config).params)
 
 
 @pytest.fixture(scope="session")
 def apply(network):
-    """(model, observations) -> (logits, value)."""
-    return jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation)[0])
+    """(params, observations) -> (logits, value)."""
+    return jax.jit(lambda params, observation: network.apply(params, None, observation))
 
 
 @pytest.fixture(scope="session")
-def trajectory(env, model):
+def trajectory(env, params):
     """128 random episodes, with states in the place of decisions."""
 
-    def act(model, key, state, observation, memory):
+    def act(params, key, state, observation, memory):
         logits = jax.numpy.where(script.legal_actions(observation), 0.0, script.MASKED)
-        return jax.random.categorical(key, logits), state, memory  # The state in the place of the decision.
+        return jax.random.categorical(key, logits), state, memory
 
-    rollout = script.make_rollout(env, script.Policy(start=lambda *_: (), act=act))
-    return jax.jit(rollout)(model, jax.random.split(jax.random.PRNGKey(7), 128))
+    rollout = jax.jit(script.make_rollout(env, evaluate.Policy(act)))
+    return rollout(params, jax.random.split(jax.random.PRNGKey(7), 128))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ overflow if the cut EMSs would need more than the 40 slots, found by repeating J
 import functools
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,63 +18,43 @@ import numpy as np
 from jumanji.environments import BinPack
 from jumanji.environments.packing.bin_pack.generator import RandomGenerator
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
 
 
-def random_act(model, key, state, observation, memory):
-    """A uniformly random legal action."""
-    logits = jnp.where(script.legal_actions(observation), 0.0, script.MASKED)
-    return jax.random.categorical(key, logits), state, memory
-
-
-def heuristic_act(model, key, state, observation, memory):
-    """The largest item into the smallest space that holds it."""
-    x, y, z = observation.items
-    ems = observation.ems
-    volume = (ems.x2 - ems.x1) * (ems.y2 - ems.y1) * (ems.z2 - ems.z1)
-    score = 1000.0 * (x * y * z)[None] - volume[:, None]
-    return jnp.where(script.legal_actions(observation), score.reshape(-1), -jnp.inf).argmax(), state, memory
-
-
-def make_policy(name: str, env, config) -> script.Policy:
-    """A policy whose 'decision' is the state before the action, so that the rollout hands the states back."""
-    if name != "searched":
-        act = random_act if name == "random" else heuristic_act
-        return script.Policy(start=lambda *_: (), act=act)
-    policy = script.make_search_policy(env, script.make_network(config), config, 4, 1.0)
-
-    def act(model, key, state, observation, memory):
-        action, _, memory = policy.act(model, key, state, observation, memory)
-        return action, state, memory
-
-    return script.Policy(start=policy.start, act=act)
+def make_policy(kind: str, env, config) -> evaluate.Policy:
+    if kind == "searched":
+        return script.make_search_policy(env, script.make_network(config), config, 4, 1.0)
+    make = {"random": evaluate.make_random_policy, "heuristic": evaluate.make_largest_first_policy}[kind]
+    return make(evaluate.without_network())
 
 
 @functools.cache
-def make_compare(name: str, config):
+def make_compare(kind: str, config):
     fast, jumanji = script.make_env(), BinPack()
     wide = BinPack(generator=RandomGenerator(max_num_items=20, max_num_ems=80, split_num_same_items=2))
-    policy = make_policy(name, fast, config)
+    policy = make_policy(kind, fast, config)
 
     def overflows(state, action):
         """Whether placing the item needs more slots than there are."""
-        pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)])  # noqa: E731
+        pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)])
         ems_id, item_id = state.sorted_ems_indexes[action // 20], action % 20
         state = state.replace(ems=jax.tree.map(pad, state.ems), ems_mask=pad(state.ems_mask))
         return wide._pack_item(state, ems_id, item_id).ems_mask.sum() > 40
 
-    def play(env, step, model, key):
+    def play(env, step, params, key):
         state, timestep = env.reset(key)
 
         def body(carry, t):
             state, observation, memory = carry
-            action, _, memory = policy.act(model, jax.random.fold_in(key, t), state, observation, memory)
+            action, _, memory = policy.act(params, jax.random.fold_in(key, t), state, observation, memory)
             next_state, timestep = step(state, action)
-            real = script.is_decision(observation)
+            real = script.has_legal_action(observation)
             return (next_state, timestep.observation, memory), (state, action, real, next_state, timestep)
 
-        memory = policy.start(model, state, timestep.observation)
+        memory = policy.start(params, state, timestep.observation)
         carry = (state, timestep.observation, memory)
         return (state, timestep), jax.lax.scan(body, carry, jnp.arange(script.MAX_DECISIONS))[1]
 
@@ -90,10 +69,10 @@ def make_compare(name: str, config):
         return (state, timestep), jax.lax.scan(body, state, actions)[1]
 
     @jax.jit
-    def compare(model, keys):
+    def compare(params, keys):
         start, (states, actions, real, next_states, timesteps) = jax.vmap(
             functools.partial(play, fast, functools.partial(script.step_flat, fast)), in_axes=(None, 0)
-        )(model, keys)
+        )(params, keys)
         reference = jax.vmap(replay)(keys, actions)
         overflow = jax.vmap(jax.vmap(overflows))(states, actions) & real
         return (start, (next_states, timesteps)), reference, real.sum(), overflow.sum(), timesteps.reward.sum(1)
@@ -101,14 +80,13 @@ def make_compare(name: str, config):
     return compare
 
 
-def compare_episodes(name: str, num_episodes: int, seed: int) -> dict:
+def compare_episodes(kind: str, num_episodes: int, seed: int) -> dict:
     """Plays episodes of one kind in both environments -> steps, overflow states and the fields that differ."""
     config = script.Config(num_transformer_layers=1, transformer_num_heads=2, transformer_key_size=8)
     env = script.make_env()
-    state = script.init_train_state(env, script.make_network(config), config)
+    params = script.init_train_state(env, script.make_network(config), config).params
     keys = jax.random.split(jax.random.PRNGKey(seed), num_episodes)
-    model = script.Model(state.params, state.net_state)
-    mine, reference, steps, overflow, returns = make_compare(name, config)(model, keys)
+    mine, reference, steps, overflow, returns = make_compare(kind, config)(params, keys)
     mine, reference = (jax.tree_util.tree_leaves_with_path(x) for x in (mine, reference))
     assert len(mine) == len(reference)
     differing = [
@@ -139,13 +117,11 @@ def main() -> None:
         total |= dict(episodes=len(returns), utilisation=float(np.mean(returns)), utilisation_se=float(error))
         results[kind] = total
         print(kind, total, flush=True)
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     summary = dict(
-        commit=commit,
+        commit=evaluate.commit(),
         command="python tests/measure_environment.py",
         device=f"CPU, {platform.machine()}",
-        versions=script.library_versions(),
+        versions=evaluate.library_versions(),
         steps=sum(x["steps"] for x in results.values()),
         overflow_states=sum(x["overflow_states"] for x in results.values()),
         differing_fields=sum((x["differing_fields"] for x in results.values()), []),
@@ -154,7 +130,7 @@ def main() -> None:
     enough = summary["steps"] >= 100_000 and summary["overflow_states"] >= 1000
     if summary["differing_fields"] or not enough:
         sys.exit(f"not written: {summary}")
-    path = root / "tests" / "results" / "environment.json"
+    path = ROOT / "tests" / "results" / "environment.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -49,11 +49,7 @@ ENDLESS = "max_num_iters=300"  # As many as the learning rate of preset=cpu allo
 Outcomes = list[str | None]
 
 
-# ======================================================================================================================
-# Runs
-# ======================================================================================================================
-
-
+# ======================================================== Runs ========================================================
 def folder_of(save_dir: Path) -> Path:
     return save_dir / "BinPack-v2" / "nsim_2" / "seed_0"
 
@@ -99,7 +95,7 @@ def log_of(run_dir: Path) -> list[dict]:
 
 def iterations_of(run_dir: Path) -> list[int]:
     """Of the checkpoints, each of which is read to the end."""
-    return [script.read_checkpoint(path)["iteration"] for path in script.find_checkpoints(run_dir)]
+    return [evaluate.read_checkpoint(path)["iteration"] for path in evaluate.find_checkpoints(run_dir)]
 
 
 def contents_of(run_dir: Path) -> dict[str, bytes]:
@@ -120,7 +116,9 @@ def differences(run_dir: Path, undisturbed: Path) -> str | None:
         return "another log"
     if any(path.suffix == ".tmp" for path in run_dir.iterdir()):
         return "a temporary file is left"
-    mine, theirs = (script.read_checkpoint(script.find_checkpoints(folder)[-1]) for folder in (run_dir, undisturbed))
+    mine, theirs = (
+        evaluate.read_checkpoint(evaluate.find_checkpoints(folder)[-1]) for folder in (run_dir, undisturbed)
+    )
     changed = [key for key in ("model", "opt_state", "frames") if not same_arrays(mine[key], theirs[key])]
     return f"another {changed[0]}" if changed else None
 
@@ -141,11 +139,7 @@ def first_of(*outcomes: str | None) -> str | None:
     return next(filter(None, outcomes), None)
 
 
-# ======================================================================================================================
-# Kinds of faults
-# ======================================================================================================================
-
-
+# ================================================== Kinds of faults ===================================================
 def killed(number: int, folder: Path, iterations: int = 5) -> Outcomes:
     """SIGKILL: every other one while a checkpoint is being written, the rest at a random moment."""
     words = (f"max_num_iters={iterations}", "eval_interval=3")
@@ -207,11 +201,10 @@ def signalled(number: int, folder: Path) -> Outcomes:
 def damaged(number: int, folder: Path) -> Outcomes:
     """One checkpoint in five is cut off, one bit is flipped in the others: detected, or nothing has changed."""
     assert run_here(folder, "max_num_iters=2")[0] == 0
-    first, path = script.find_checkpoints(folder_of(folder))
-    good, expected, rng = path.read_bytes(), script.read_checkpoint(path), np.random.default_rng(0)
-    config, _ = script.parse_command_line(
-        conftest.override("resume=auto", f"save_dir={folder}"), script.Config, script.PRESETS
-    )
+    path = evaluate.find_checkpoints(folder_of(folder))[-1]
+    good, expected, rng = path.read_bytes(), evaluate.read_checkpoint(path), np.random.default_rng(0)
+    words = conftest.override("resume=auto", f"save_dir={folder}")
+    config, _ = evaluate.parse_command_line(words, script.Config, script.PRESETS)
     outcomes, detected = [], 0
     for i in range(number):
         place = int(rng.integers(len(good) - 39 if i % 10 == 1 else 0, len(good)))  # Some of them in the digest.
@@ -219,14 +212,13 @@ def damaged(number: int, folder: Path) -> Outcomes:
         flipped[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(good[:place] if i % 5 == 0 else flipped)
         said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            found = script.prepare_run(config)
+        with contextlib.redirect_stdout(said), contextlib.closing(script.Run(config)) as run:
+            found = run.checkpoint_to_resume()
         if found["iteration"] == 1:  # What went before it, and a line about it.
             detected += 1
             outcomes.append(None if said.getvalue().startswith(f"Skipped {path}: ") else f"said {said.getvalue()!r}")
         else:
             outcomes.append(None if same_arrays(found, expected) else f"a change at byte {place} was not detected")
-    script.unlock_folder()
     if detected < 0.9 * number:  # A bit of the marker that is gone is harmless; others are not.
         outcomes[0] = f"only {detected} of {number} were detected"
     return outcomes
@@ -254,7 +246,7 @@ def no_room(number: int, folder: Path) -> Outcomes:
     """A full disk, in the middle or at the start: a line names the file, what was saved is whole, and with more room
     the run goes on as if nothing had been."""
     assert run_here(folder / "undisturbed", "eval_interval=1")[0] == 0
-    size = script.find_checkpoints(folder_of(folder / "undisturbed"))[-1].stat().st_size
+    size = evaluate.find_checkpoints(folder_of(folder / "undisturbed"))[-1].stat().st_size
     outcomes, rng = [], random.Random(0)
     for i in range(number):
         save_dir, middle = folder / f"full_{i}", i % 2 == 0
@@ -265,8 +257,8 @@ def no_room(number: int, folder: Path) -> Outcomes:
                 assert run_here(save_dir, "eval_interval=1", "max_num_iters=1")[0] == 0
             set_room(int(size * rng.uniform(1.2, 2.9)) if middle else 4096 * (i // 2 % 3 + 1))
             status, _, said = run_here(save_dir, "eval_interval=1", "resume=auto")
-            ends = one_line(said, "cannot be ", save_dir) if status == 2 else f"status {status}: {said}"
-            if not any(name in said for name in (".lock", "metrics.jsonl", "iter_", "seed_0'")):
+            ends = one_line(said, "cannot be written", save_dir) if status == 2 else f"status {status}: {said}"
+            if not any(name in said for name in (".lock", "metrics.jsonl", "iter_", "seed_0:")):
                 ends = ends or f"names no file: {said}"
             saved = iterations_of(run_dir)
             whole = saved == list(range(1, len(saved) + 1)) and len(saved) < 4 and bool(saved) == middle
@@ -292,7 +284,9 @@ def read_only(number: int, folder: Path) -> Outcomes:
             run_dir.chmod(0o555)
         _, said = process.communicate(timeout=120)
         run_dir.chmod(0o755)
-        ends = one_line(said, "cannot be ", run_dir) if process.returncode == 2 else f"{process.returncode}: {said}"
+        ends = (
+            one_line(said, "cannot be written", run_dir) if process.returncode == 2 else f"{process.returncode}: {said}"
+        )
         saved = iterations_of(run_dir)
         fine = saved == list(range(1, len(saved) + 1)) and (len(saved) >= 2) == (i % 2 == 0)
         outcomes.append(first_of(ends, None if fine else f"left {saved}"))
@@ -304,7 +298,7 @@ def not_finite(number: int, folder: Path) -> Outcomes:
     row end the run with a line."""
     origin = folder / "origin"
     assert run_here(origin, "max_num_iters=2")[0] == 0
-    contents = script.read_checkpoint(script.find_checkpoints(folder_of(origin))[-1])
+    contents = evaluate.read_checkpoint(evaluate.find_checkpoints(folder_of(origin))[-1])
     outcomes = []
     for i in range(number):
         save_dir = folder / f"not_finite_{i}"
@@ -312,15 +306,17 @@ def not_finite(number: int, folder: Path) -> Outcomes:
         run_dir = folder_of(save_dir)
         last = run_dir / "iter_000002.pkl"
         factor = 10.0 ** (25 + i % 8)
-        script.write_checkpoint(last, contents | {"model": jax.tree.map(lambda x: factor * x, contents["model"])})
+        evaluate.write_checkpoint(last, contents | {"model": jax.tree.map(lambda x: factor * x, contents["model"])})
         iterations = 4 if i % 2 == 0 else 3  # With four updates in each, so one is not enough for an early end.
         words = ("resume=auto", "max_skipped_updates=5", f"max_num_iters={iterations}")
         status, out, said = run_here(save_dir, *words)
         if i % 2 == 0:
-            line = one_line(said, "iteration 4: train/", "is not finite, and 8 updates in a row", last, "learning_rate")
+            line = one_line(
+                said, "iteration 4: train/", "is not finite, and 8 updates in a row were skipped", last, "learning_rate"
+            )
             ends = line if status == 2 else f"status {status}: {said}"
         else:
-            line = "Not saved after iteration 2: the last 4 updates were left out"
+            line = "Not saved after iteration 2: the last 4 updates were skipped as not finite."
             ends = None if status == 0 and line in out else f"status {status}: {out}{said}"
         counted = [row["train/skipped_updates"] for row in log_of(run_dir)[1:]] == [0, 0, 4, 4][:iterations]
         saved = iterations_of(run_dir)
@@ -395,7 +391,7 @@ def wandb_misbehaves(number: int, folder: Path) -> Outcomes:
 
 READER = """
 import resource, sys
-import train_search_distill_binpack as script
+import evaluate
 
 paths, events = sys.stdin.read().split(), []
 forbidden = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pathlib.")
@@ -406,9 +402,9 @@ def note(event, arguments):
 
 def read(path):
     try:
-        script.read_checkpoint(path, script.METHOD, "BinPack-v2")
+        evaluate.read_checkpoint(path, "search_distill", "BinPack-v2")
         return "read"
-    except script.UsageError as error:
+    except evaluate.UsageError as error:
         if isinstance(error.__context__, MemoryError):
             return "out of memory"
         return "refused" if path in str(error) and "\\n" not in str(error) else f"not one line: {error!r}"
@@ -484,7 +480,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 def hostile_files(number: int, folder: Path) -> Outcomes:
     """Attacks made by hand and mutated checkpoints without a digest: refused, nothing done, at most 1 GiB of memory."""
     assert run_here(folder, "max_num_iters=1")[0] == 0
-    good = (folder_of(folder) / "iter_000001.pkl").read_bytes()[: -len(script.DIGEST) - 32]
+    good = (folder_of(folder) / "iter_000001.pkl").read_bytes()[: -len(evaluate.DIGEST) - 32]
     marker, rng = folder / "marker", np.random.default_rng(0)
     by_hand = attacks(pickle.loads(good), marker)
     files = [*by_hand, *(mutated(good, rng) for _ in range(number - len(by_hand)))]
@@ -601,20 +597,20 @@ def long_life(number: int, folder: Path) -> Outcomes:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(seconds)
 
-    def record(log, row: dict) -> None:
+    def record(run, row: dict) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # What was freed does not count.
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((pages, sum(x.nbytes for x in jax.live_arrays()), len(compiled)))
-        own(log, row)
+        own(run, row)
 
-    own, script.RunLog.record = script.RunLog.record, record
+    own, script.Run.record = script.Run.record, record
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         words = (f"max_num_iters={number}", "eval_interval=2", "save_interval=2")
         more = ("eval_num_simulations=2", "eval_search_interval=2", "keep_checkpoints=2")
         status, _, said = run_here(folder, *words, *more)
     finally:
-        script.RunLog.record = own
+        script.Run.record = own
         jax.monitoring.clear_event_listeners()
     if status or not compiled:
         return [f"status {status}, {len(compiled)} programs: {said}"] * number
@@ -669,11 +665,10 @@ def main(argv: list[str]) -> int:
         print(f"error: expected kinds of {', '.join(KINDS)}, got {' '.join(argv)}", file=sys.stderr)
         return 2
     result = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"kinds": {}}
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     stamp = dict(
-        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        commit=evaluate.commit(),
         device=f"CPU, {platform.machine()}, {os.cpu_count()} cores",
-        versions=script.library_versions(),
+        versions=evaluate.library_versions(),
     )
     kinds, lost = argv or list(KINDS), 0
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

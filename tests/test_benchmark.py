@@ -10,21 +10,22 @@ from conftest import ROOT, override
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import throughput
 
+import evaluate
 import train_search_distill_binpack as script
 
 
-def test_visits_are_those_that_the_search_makes(config, model):
+def test_visits_are_those_that_the_search_makes(config, params):
     """Without completions: a pass for the first root and one for each simulation, and no step that is not needed."""
     config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
-    passes, steps = throughput.count_visits(config, model, keys)
+    passes, steps = throughput.count_visits(config, params, keys)
     assert sum(passes.values()) == 1 + 19 * config.num_simulations and steps == 19 * (1 + config.num_simulations)
     assert passes[8, 12] > 5 and passes[40, 20] > 5  # Late and early states.
 
 
 def test_an_arm_has_the_decisions_of_a_run(search_run):
     """With every pass of the network at full size, as many as the first iteration of the run."""
-    config, _ = script.parse_command_line(override("token_sizes=[[8,12],[40,20]]"), throughput.Config, script.PRESETS)
+    config, _ = evaluate.parse_command_line(override("token_sizes=[[8,12],[40,20]]"), throughput.Config, script.PRESETS)
     arms = throughput.make_arms(config)
     assert [arm.config.search_width for arm in arms] == [48, 48, 800, 48, 800, 48]
     row = json.loads((search_run / "metrics.jsonl").read_text().splitlines()[1])

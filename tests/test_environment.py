@@ -41,7 +41,7 @@ def test_instances_have_at_most_max_decisions_items(env):
 def test_flat_action_is_ems_times_items_plus_item(env, played):
     states, observations = played
     mask = np.asarray(script.legal_actions(observations))
-    real = np.asarray(script.is_decision(observations))
+    real = np.asarray(script.has_legal_action(observations))
     assert (mask == np.asarray(observations.action_mask).reshape(mask.shape))[real].all()
     state = jax.tree.map(lambda x: x[0, 0], states)
     action = int(np.flatnonzero(mask[0, 0])[5])
@@ -52,7 +52,7 @@ def test_flat_action_is_ems_times_items_plus_item(env, played):
 
 def test_finished_rows_have_one_legal_entry_and_absorb_every_action(env, played):
     states, observations = played
-    finished = np.argwhere(~np.asarray(script.is_decision(observations)))
+    finished = np.argwhere(~np.asarray(script.has_legal_action(observations)))
     assert len(finished) > 10
     mask = np.asarray(script.legal_actions(observations))
     assert mask.any(-1).all()

@@ -1,5 +1,6 @@
 """evaluate.py: its figures are those of training, its floors those of obvious loops, its files what they say."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,14 @@ from conftest import ROOT
 from PIL import Image
 
 import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
 
 
 @pytest.fixture
 def few_at_a_time(monkeypatch):
     """Small chunks, where a test plays few instances and needs no figure of a training run."""
-    monkeypatch.setattr(search_distill, "instances_at_a_time", lambda: 4)
+    monkeypatch.setattr(evaluate, "instances_at_a_time", lambda: 4)
 
 
 def run(tmp_path, *words) -> dict:
@@ -77,8 +80,8 @@ def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tm
 def test_shipped_checkpoints_are_for_evaluation_alone(method, tmp_path, capsys):
     """What they reach, test_readme.py tests."""
     path = ROOT / "checkpoints" / f"{method}_cpu.pkl"
-    assert path.stat().st_size < 15e6 and search_distill.read_checkpoint(path)["opt_state"] == []
-    script = evaluate.METHODS[method]
+    assert path.stat().st_size < 15e6 and evaluate.read_checkpoint(path)["opt_state"] == []
+    script = evaluate.import_script(method)
     longer = ["max_num_iters=999", "learning_rate_decay_iters=999"]
     assert script.main(["preset=cpu", *longer, f"resume={path}", f"save_dir={tmp_path / 'runs'}"]) == 2
     assert "without the optimizer's state; give one that a run saved" in capsys.readouterr().err
@@ -105,21 +108,22 @@ def test_floors_need_no_checkpoint_and_equal_plain_loops(few_at_a_time, env, tmp
             total += float(timestep.reward)
         return total
 
-    for key, returns in zip(search_distill.evaluation_keys(1_000_000, 3), largest, strict=True):
+    for key, returns in zip(evaluate.evaluation_keys(1_000_000, 3), largest, strict=True):
         start = jax.jit(env.reset)(jax.random.fold_in(key, search_distill.MAX_DECISIONS))
         assert play(*start) == pytest.approx(returns, abs=1e-5)
     assert np.mean(lookahead) >= np.mean(largest)
     assert all(a >= b - 1e-6 for a, b in zip(lookahead, largest))
 
 
-def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(env, played):
+def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(played):
     states, observations = played
-    act = jax.jit(evaluate.make_lookahead_policy(env).act)
+    checkpoint = evaluate.without_network()
+    act = jax.jit(evaluate.make_lookahead_policy(checkpoint).act)
     order_of, first_of = jax.jit(evaluate.largest_first_order), jax.jit(evaluate.largest_first)
-    step = jax.jit(functools.partial(search_distill.step_flat, env))
+    step = jax.jit(functools.partial(search_distill.step_flat, checkpoint.env))
     differs = 0
     for b in range(4):
-        state, observation = jax.tree.map(lambda x, b=b: x[b, 3], (states, observations))
+        state, observation = jax.tree.map(lambda x: x[b, 3], (states, observations))
         order = np.asarray(order_of(observation))
         legal = np.asarray(search_distill.legal_actions(observation))
         assert legal[order[: legal.sum()]].all() and order[0] == first_of(observation)
@@ -174,33 +178,45 @@ def test_runs_of_the_same_name_are_told_apart(ppo_run, tmp_path, few_at_a_time):
     assert evaluate.distinct_names([ppo_run.parent, other.parent, other.parent], 1)[1].endswith("cispo/BinPack-v2/ppo")
 
 
-def test_speed_is_that_of_all_attempts(few_at_a_time, env, monkeypatch):
-    """A policy that takes twice the time for the same decisions is half as fast, and a row of two attempts adds up."""
-    clock, cost = [0.0], {"a": 1.0, "b": 2.0}
+def test_speed_is_that_of_all_attempts(few_at_a_time, monkeypatch):
+    """A policy that takes twice the time for the same decisions is half as fast, a row of two attempts adds up, and the
+    first chunk, which compiles, does not count; neither does it matter how many chunks there are, or whether an attempt
+    finds anything left to play."""
+    clock, cost = [0.0], {"a": 1.0, "b": 2.0, "solves": 4.0}
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
 
-    def make_player(env, policy):
-        def play(model, keys):
-            clock[0] += cost[policy]
-            return search_distill.Episodes(np.full(len(keys), 0.5), np.full(len(keys), 10), np.zeros(len(keys), bool))
+    def make_player(policy):
+        compiled = []
+
+        def play(params, keys, advance=lambda count: None):
+            for _ in range(-(-len(keys) // 4)):
+                clock[0] += cost[policy] + 100.0 * (not compiled)
+                compiled.append(True)
+                advance(4)
+            solved = np.full(len(keys), policy == "solves")
+            return evaluate.Episodes(np.where(solved, 1.0, 0.5), np.full(len(keys), 10), solved)
 
         return play
 
-    monkeypatch.setattr(search_distill, "make_player", make_player)
-    keys = np.zeros((10, 2), np.uint32)
-    speeds = [evaluate.score("x", pairs, env, keys)[1] for pairs in ([("a", ())], [("b", ())], [("a", ()), ("b", ())])]
-    assert speeds == pytest.approx([40.0, 20.0, 40 / 3])
+    monkeypatch.setattr(evaluate, "make_player", make_player)
+    script = SimpleNamespace(make_rollout=lambda env, policy: policy)
+    checkpoint = dataclasses.replace(evaluate.without_network(), script=script)
+    rows = {"a": 40.0, "b": 20.0, "ab": 40 / 3, "abb": 8.0, ("solves", "a"): 8.0}
+    for count in (3, 10, 40):
+        for attempts, expected in rows.items():
+            keys, pairs = np.zeros((count, 2), np.uint32), [(policy, ()) for policy in attempts]
+            assert evaluate.score("x", checkpoint, pairs, keys)[1] == pytest.approx(expected), (count, attempts)
 
 
-def test_rendered_episode_is_the_scored_one(search_run, env, tmp_path):
+def test_rendered_episode_is_the_scored_one(search_run, tmp_path):
     scores = run(tmp_path, search_run)
     checkpoint = evaluate.load_checkpoint(search_run)
     log = (search_run / "metrics.jsonl").read_text().splitlines()
     training = dict(method="search_distill", iteration=4, frames=json.loads(log[-1])["frames"])
     assert scores["rows"][0]["training"] == training | dict(config=checkpoint.config.model_dump(mode="json"))
-    key = search_distill.evaluation_keys(1_000_000, 8)[3]
+    key = evaluate.evaluation_keys(1_000_000, 8)[3]
     policy = search_distill.make_greedy_policy(checkpoint.network, checkpoint.config)
-    states = evaluate.play_states(env, policy, checkpoint.model, key)
+    states = evaluate.make_state_player(checkpoint, policy)(checkpoint.params, key)
     assert evaluate.utilisation(states[-1]) == pytest.approx(scores["rows"][0]["returns"][3], abs=1e-5)
     assert [int(state.items_placed.sum()) for state in states] == list(range(len(states)))
 
@@ -211,7 +227,7 @@ def test_a_loaded_checkpoint_applies_acts_and_plays(search_run, ppo_run, played,
         checkpoint = evaluate.load_checkpoint(str(run_dir))
         assert (checkpoint.method, checkpoint.iteration, checkpoint.config.rollout_batch_size) == (method, 4, 8)
         logits, value = checkpoint.apply(observations)
-        expected = apply(checkpoint.model, observations)
+        expected = apply(checkpoint.params, observations)
         np.testing.assert_array_equal(logits, expected[0])
         assert value.shape == (5,) and logits.shape == (5, 800)
         actions = checkpoint.act(observations)
@@ -221,6 +237,36 @@ def test_a_loaded_checkpoint_applies_acts_and_plays(search_run, ppo_run, played,
         assert len(states) > 5 and not states[0].items_placed.any() and states[-1].items_placed.sum() == len(states) - 1
         animation = checkpoint.env.animate(states)
         animation._draw_was_started = True  # It is made, and not shown.
+
+
+def test_a_checkpoint_is_played_by_the_code_of_its_own_script(search_run, ppo_run, tmp_path):
+    """With a greedy policy in PPO's script that takes the worst action, a checkpoint of PPO plays worse, and one of
+    search distillation as before."""
+    for module in (evaluate, ppo, search_distill):
+        shutil.copy(module.__file__, tmp_path)
+    changed = tmp_path / "train_ppo_binpack.py"
+    source, best = changed.read_text(), "argmax(predict(params, observation)[0])"
+    worst = "argmax(jnp.where(legal_actions(observation), -predict(params, observation)[0], MASKED))"
+    assert source.count(best) == 1
+    changed.write_text(source.replace(best, worst))
+    command = [sys.executable, "evaluate.py", search_run, ppo_run, "num_episodes=8", "json=scores.json"]
+    environment = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    search, ours = (row["avg_return"] for row in rows)
+    assert search == last_row(search_run)["eval/greedy/avg_return"]  # Of the same 8 instances.
+    assert ours < last_row(ppo_run)["eval/greedy/avg_return"] - 0.05
+
+
+def test_a_script_is_needed_only_where_its_code_plays(few_at_a_time, ppo_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.METHODS, "search_distill", "no_such_script")
+    rows = run(tmp_path, ppo_run, "policy=greedy,largest_first", "num_episodes=2")["rows"]
+    assert [row["policy"] for row in rows] == ["greedy", "largest_first"]
+    capsys.readouterr()
+    assert evaluate.main([str(ppo_run), "policy=search", "num_episodes=2"]) == 2
+    expected = "error: method=search_distill: expected no_such_script.py beside evaluate.py; copy it there\n"
+    assert capsys.readouterr() == ("", expected)
 
 
 class Attack:
@@ -241,7 +287,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_of_it_runs(kind, tmp_path, se
     }[kind]()
     contents = pickle.loads((search_run / "iter_000004.pkl").read_bytes())
     path.write_bytes(pickle.dumps(contents | {"model": attack}))
-    with pytest.raises(search_distill.UsageError, match="only numpy arrays are allowed"):
+    with pytest.raises(evaluate.UsageError, match="only numpy arrays are allowed"):
         evaluate.load_checkpoint(path)
     assert evaluate.main([str(path)]) == 2
     out, err = capsys.readouterr()
@@ -271,12 +317,12 @@ def test_numpys_own_classes_cannot_be_misused(tmp_path):
     for kind, data in FORGED.items():
         (tmp_path / kind).write_bytes(data)
     code = """
-import sys, numpy, train_ppo_binpack as ppo
+import sys, numpy, evaluate
 before = numpy._core.numeric._frombuffer.__defaults__
 for path in sys.argv[1:]:
     try:
-        ppo.read_checkpoint(path)
-    except ppo.UsageError as error:
+        evaluate.read_checkpoint(path)
+    except evaluate.UsageError as error:
         print(error)
 assert numpy._core.numeric._frombuffer.__defaults__ == before
 """
@@ -296,7 +342,7 @@ def test_arrays_of_every_kind_come_back_as_they_were(tmp_path):
     }
     for protocol in (3, 4, 5):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(contents, protocol))
-        found = search_distill._PlainUnpickler((tmp_path / "x.pkl").read_bytes()).load()
+        found = evaluate._PlainUnpickler((tmp_path / "x.pkl").read_bytes()).load()
         for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(contents), strict=True):
             assert np.array_equal(mine, theirs) and getattr(mine, "dtype", None) == getattr(theirs, "dtype", None)
 

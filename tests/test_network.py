@@ -15,7 +15,7 @@ SIZES = script.Config().token_sizes
 @pytest.fixture(scope="module")
 def observations(played):
     """Decisions of random episodes, [N, ...]; they use up to 19 spaces, many more than good play."""
-    rows = np.argwhere(np.asarray(script.is_decision(played[1])))
+    rows = np.argwhere(np.asarray(script.has_legal_action(played[1])))
     return jax.tree.map(lambda x: x[rows[:, 0], rows[:, 1]], played[1])
 
 
@@ -25,12 +25,12 @@ def fits(observations, size) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES[:-1])
-def test_every_size_that_holds_a_state_gives_the_same(size, network, model, apply, observations):
+def test_every_size_that_holds_a_state_gives_the_same(size, network, params, apply, observations):
     rows = fits(observations, size)
     assert rows.sum() > 400
     observations = jax.tree.map(lambda x: x[rows], observations)
-    at_size = jax.jit(lambda model, observation: network.apply(model.params, model.state, None, observation, size)[0])
-    for found, expected in zip(at_size(model, observations), apply(model, observations), strict=True):
+    at_size = jax.jit(lambda params, observation: network.apply(params, None, observation, size))
+    for found, expected in zip(at_size(params, observations), apply(params, observations), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -41,24 +41,24 @@ def test_a_batch_runs_at_the_smallest_size_that_holds_all_of_it(observations):
     rng = np.random.default_rng(0)
     for largest in range(len(SIZES)):
         rows = np.append(rng.choice(np.flatnonzero(smallest <= largest), 7), np.flatnonzero(smallest == largest)[0])
-        assert tuple(used(jax.tree.map(lambda x: x[rows], observations)).tolist()) == SIZES[largest]  # noqa: B023
+        assert tuple(used(jax.tree.map(lambda x: x[rows], observations)).tolist()) == SIZES[largest]
 
 
-def test_prediction_under_vmap_equals_a_state_at_a_time(network, model, apply, observations):
+def test_prediction_under_vmap_equals_a_state_at_a_time(network, params, apply, observations):
     predict = script.make_predict(network, script.Config())
-    together = jax.jit(jax.vmap(functools.partial(predict, model)))
-    alone = jax.jit(functools.partial(predict, model))
+    together = jax.jit(jax.vmap(functools.partial(predict, params)))
+    alone = jax.jit(functools.partial(predict, params))
     for rows in np.arange(64), np.flatnonzero(fits(observations, SIZES[0]))[:64]:
-        batch = jax.tree.map(lambda x: x[rows], observations)  # noqa: B023
+        batch = jax.tree.map(lambda x: x[rows], observations)
         found = together(batch)
-        for both in zip(found, apply(model, batch), strict=True):
+        for both in zip(found, apply(params, batch), strict=True):
             np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
         one = alone(jax.tree.map(lambda x: x[5], batch))
         for both in zip(one, jax.tree.map(lambda x: x[5], found), strict=True):
             np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
 
 
-def test_what_no_legal_action_uses_changes_nothing(model, apply, observations):
+def test_what_no_legal_action_uses_changes_nothing(params, apply, observations):
     """Spaces that no item fits into and items that fit nowhere can have any coordinates."""
     legal = np.asarray(observations.action_mask)
     dead_space, dead_item = ~legal.any(-1), ~legal.any(-2)
@@ -67,13 +67,13 @@ def test_what_no_legal_action_uses_changes_nothing(model, apply, observations):
     scrambled = [np.where(dead_space, rng.random(x.shape), x) for x in jax.tree.leaves(ems)]
     items = type(observations.items)(*(np.where(dead_item, rng.random(x.shape), x) for x in observations.items))
     other = observations._replace(ems=jax.tree.unflatten(jax.tree.structure(ems), scrambled), items=items)
-    for found, expected in zip(apply(model, other), apply(model, observations), strict=True):
+    for found, expected in zip(apply(params, other), apply(params, observations), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_the_order_of_spaces_and_items_does_not_matter(model, apply, observations):
+def test_the_order_of_spaces_and_items_does_not_matter(params, apply, observations):
     """With the slots of both reversed, each action keeps its logit and the state its value."""
-    flip = lambda x, *axes: jnp.flip(x, axes)  # noqa: E731
+    flip = lambda x, *axes: jnp.flip(x, axes)
     mirrored = observations._replace(
         ems=jax.tree.map(lambda x: flip(x, -1), observations.ems),
         ems_mask=flip(observations.ems_mask, -1),
@@ -82,7 +82,7 @@ def test_the_order_of_spaces_and_items_does_not_matter(model, apply, observation
         items_placed=flip(observations.items_placed, -1),
         action_mask=flip(observations.action_mask, -1, -2),
     )
-    (logits, value), (mirrored_logits, mirrored_value) = apply(model, observations), apply(model, mirrored)
+    (logits, value), (mirrored_logits, mirrored_value) = apply(params, observations), apply(params, mirrored)
     np.testing.assert_allclose(mirrored_logits[:, ::-1], logits, rtol=1e-4, atol=1e-4)  # Action ems * I + item.
     np.testing.assert_allclose(mirrored_value, value, rtol=1e-4, atol=1e-4)
     legal = np.asarray(script.legal_actions(observations))

@@ -1,6 +1,9 @@
-"""The commands of the README and of the script's docstring run as written, with small overrides added."""
+"""The commands of the READMEs and of the scripts' docstrings run as written, with small overrides added; figures,
+names and lines of output are those of the committed files and of the code."""
 
+import functools
 import glob
+import io
 import json
 import os
 import re
@@ -9,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import collect_results
 import jax
@@ -24,15 +28,23 @@ FEW = "max_num_iters=1 eval_batch_size=2 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
 RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()
+READMES = (ROOT / "README.md", *sorted((ROOT / "tests").glob("**/README.md")))
+# Where a script is; what its name is in the README's table of places to change.
+PLACES = {
+    "both scripts": (script, ppo),
+    "`train_search_distill_binpack.py`": (script,),
+    "`train_ppo_binpack.py`": (ppo,),
+    "`evaluate.py`": (evaluate,),
+}
 
 
 def bash_lines() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    blocks = [block for path in READMES for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)]
     return [line.replace("$seed", "0") for block in blocks for line in block.splitlines()]
 
 
 def commands(name: str = r"train_\w+") -> list[str]:
-    """Every call of a script in a bash block of the README, and in the training scripts' docstrings, in order."""
+    """Every call of a script in a bash block of a README, and in the training scripts' docstrings, in order."""
     lines = bash_lines() + script.__doc__.splitlines() + ppo.__doc__.splitlines()
     lines = [line for line in lines if not line.startswith("srun")]  # test_devices.py has the several processes.
     calls = [re.search(rf"(?:^|\s)(?:\S*/)?python ({name}\.py[^#&|]*)", line) for line in lines]
@@ -43,7 +55,90 @@ def test_the_readme_has_the_commands_that_users_need():
     assert "train_search_distill_binpack.py preset=cpu" in commands()
     assert any("--help" in command for command in commands())
     assert "train_ppo_binpack.py preset=cpu" in commands()
-    assert len(commands()) >= 8 and set(RUN) <= set(commands()) and len(commands("evaluate")) >= 4
+    assert any(command.startswith("train_ppo_binpack.py save_dir=checkpoints/full") for command in commands())
+    assert len(commands()) >= 12 and set(RUN) <= set(commands()) and len(commands("evaluate")) >= 9
+    assert {"study", "throughput", "collect_results", "measure_reliability", "measure_environment"} <= {
+        Path(word).stem for line in bash_lines() for word in line.split() if word.endswith(".py")
+    }
+
+
+def test_the_readme_is_short_and_begins_with_what_one_needs_first():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    first = "\n".join(lines[:45])
+    assert "![" in first and "train_search_distill_binpack.py preset=cpu\n```" in first and "minutes" in first
+    command = subprocess.run(
+        "grep -A3 '<!-- the test command -->' README.md | grep -m1 pytest",  # As .ci/run does.
+        shell=True, cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert command.startswith("python3 -m venv .venv && ") and command.endswith("-m pytest tests\n")
+
+
+def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files(capsys):
+    """The lines are printed by the script itself. The file has the minutes of collecting and learning."""
+    results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
+    mean = lambda method, key: collect_results.mean_and_error(
+        [100 * run["last"][f"eval/{key}"] for run in collect_results.of_method(results, method)]
+    )[0]
+    alone = f"packs {mean('search_distill', 'greedy/avg_return'):.1f} % of the volume and fills"
+    assert f"{alone} {mean('search_distill', 'greedy/solved_rate'):.0f} % of the containers" in README
+    with_search = f"packs {mean('search_distill', 'search/avg_return'):.2f} % and fills"
+    assert f"{with_search} {mean('search_distill', 'search/solved_rate'):.1f} %" in README
+    assert f"PPO's network packs {mean('ppo', 'greedy/avg_return'):.1f} %" in README
+    rule = next(row for row in floors["rows"] if row["policy"] == "largest_first")
+    assert f"the largest item into the smallest space packs {100 * rule['avg_return']:.1f} %" in README
+
+    group = next(group for group in results["groups"] if group["method"] == "search_distill")
+    first = next(run for run in group["runs"] if run["seed"] == 0)
+    run = script.Run(script.Config(**group["config"] | {"seed": 0, "save_dir": "./checkpoints"}))
+    run._file, run._bar = io.StringIO(), SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
+    row = dict(iteration=300, frames=int(first["curve"][-1]["decisions"]), hours=first["curve"][-1]["hours"])
+    run.record(row | first["last"] | {"train/policy_loss": 0.0, "perf/decisions_per_second": 0.0})
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 2 and f"```text\n{printed}Done: {run.checkpoint(300)}\n```" in README
+
+
+def test_links_and_pictures_of_the_readmes_exist():
+    for path in READMES:
+        for link in re.findall(r"\]\((?!https?:)(.*?)\)", path.read_text()):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name
+            assert target.exists(), f"{path}: {link}"
+            titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles], link
+
+
+def resolves(name: str, module) -> bool:
+    try:
+        functools.reduce(getattr, name.split("."), module)
+    except AttributeError:
+        return False
+    return True
+
+
+def test_the_places_to_change_are_in_the_code():
+    """In the script that each row of the table names, and outside of the table in one of them."""
+    (section,) = re.findall(r"^## Where to change what\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    names = lambda text: re.findall(r"`([A-Za-z_][\w.]*)`", text)
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for _, where, look_at in rows:
+        assert names(look_at)
+        for name in names(look_at):
+            assert all(resolves(name, module) for module in PLACES[where]), f"{name} in {where}"
+    for name in names(re.sub(r"^\|.*\n", "", section, flags=re.MULTILINE)):
+        assert any(resolves(name, module) for module in (script, ppo, evaluate)) or (ROOT / name).exists(), name
+    for path in re.findall(r"`([\w/]+\.py)`", section):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_metric_of_a_run_is_in_the_readme(search_run, ppo_run):
+    (section,) = re.findall(r"^### Watching a run\n(.*)", README, re.DOTALL | re.MULTILINE)
+    for folder in (search_run, ppo_run):
+        for row in evaluate.read_log(folder / "metrics.jsonl"):
+            for key in row:
+                start, _, name = key.rpartition("/")
+                assert f"`{key}`" in section or (f"`{start}/*`" in section and f"`{name}`" in section), key
 
 
 @pytest.mark.parametrize("command", commands())
@@ -51,7 +146,7 @@ def test_command_is_understood(command):
     name, *words = shlex.split(command)
     module = {"train_ppo_binpack.py": ppo, "train_search_distill_binpack.py": script}[name]
     if "--help" not in words:
-        config, preset = module.parse_command_line(words, module.Config, module.PRESETS)
+        config, preset = evaluate.parse_command_line(words, module.Config, module.PRESETS)
         assert preset == ("cpu" if "preset=cpu" in words else "full")
         assert not words or config != module.Config()
 
@@ -61,7 +156,8 @@ def test_command_runs_as_written(command, tmp_path):
     """For one iteration of few episodes, with the network and the search that it names. The other commands differ from
     these, or from runs of other tests, in values."""
     name, *words = shlex.split(command)
-    shutil.copy(ROOT / name, tmp_path)
+    for file in (name, "evaluate.py"):  # A copied experiment is the script and evaluate.py.
+        shutil.copy(ROOT / file, tmp_path)
     full = command == "train_search_distill_binpack.py"
     few = "rollout_batch_size=16 training_batch_size=64" if full else "rollout_batch_size=4 training_batch_size=32"
     command = [sys.executable, name, *words, *FEW, *few.split(), *([] if full else ["token_sizes=[[40,20]]"])]
@@ -70,7 +166,7 @@ def test_command_runs_as_written(command, tmp_path):
     assert "Traceback" not in run.stderr and "Warning" not in run.stderr
     path = max(tmp_path.glob("*/BinPack-v2/*/seed_*/iter_*.pkl"))
     assert path.name == "iter_000001.pkl"
-    layers = [x for x in jax.tree.leaves(script.read_checkpoint(path)["model"][0]) if x.ndim == 3]
+    layers = [x for x in jax.tree.leaves(evaluate.read_checkpoint(path)["model"][0]) if x.ndim == 3]
     assert len(layers) > 5 and {len(x) for x in layers} == {4 if full else 1}
     assert not full or all((x[0] != x[1]).any() for x in layers)
     if full:
@@ -99,12 +195,13 @@ def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figur
         words = [path for word in shlex.split(command)[1:] for path in sorted(glob.glob(word)) or [word]]
         paths = [word for word in words if Path(word).exists()]
         assert paths or "random" in command
-        script.parse_command_line([word for word in words if word not in paths], evaluate.Config, {})
+        evaluate.parse_command_line([word for word in words if word not in paths], evaluate.Config, {})
     command = shlex.split(commands("evaluate")[0])
     environment = os.environ | {"XLA_FLAGS": ""}  # It plays all 1,024 instances.
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.count("\n") == 3
-    promised = re.findall(r"`(\w+_cpu).pkl` \(seed \d, network alone ([\d.]+) %,", README)
+    promises = (ROOT / "tests" / "results" / "README.md").read_text()
+    promised = re.findall(r"`(\w+_cpu).pkl` \(seed \d, network alone ([\d.]+) %,", promises)
     assert len(promised) == 2
     for line, (name, utilisation) in zip(run.stdout.splitlines()[1:], promised, strict=True):
         assert line.split()[0] == name and abs(100 * float(line.split()[2]) - float(utilisation)) < 0.1, run.stdout
@@ -113,7 +210,7 @@ def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figur
 def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder):
     """In a real kernel. The pickle's cell comes first and needs numpy alone."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) >= 3
+    assert len(snippets) == 2
     snippets.sort(key=lambda snippet: not snippet.startswith("import pickle"))
     check = "import sys; assert 'numpy' in sys.modules and not {'jax', 'haiku', 'evaluate'} & sys.modules.keys()"
     cells = [snippets[0], check, *snippets[1:]]
@@ -125,7 +222,10 @@ def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_fold
 
 
 def test_the_tables_are_made_from_the_committed_files():
-    assert collect_results.with_tables(README) == README
+    assert set(READMES) >= {ROOT / name for name in collect_results.TABLES}
+    assert sorted(sum(collect_results.TABLES.values(), ())) == sorted(collect_results.tables())
+    for name in collect_results.TABLES:
+        assert collect_results.with_tables(name) == (ROOT / name).read_text(), name
     results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
     for group in results["groups"]:
         assert len(group["runs"]) >= 3 and group["commit"]

@@ -7,7 +7,7 @@ import measure_reliability
 import pytest
 from measure_reliability import KINDS, RESULTS
 
-import train_search_distill_binpack as script
+import evaluate
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -19,7 +19,7 @@ def test_faults_of_each_kind_are_survived(kind, search_run, tmp_path):
 def test_a_lost_fault_is_counted(tmp_path, monkeypatch):
     """With a digest that is the same for everything, damage goes unnoticed."""
     same = SimpleNamespace(digest=lambda: bytes(32))
-    monkeypatch.setattr(script, "hashlib", SimpleNamespace(sha256=lambda data: same))
+    monkeypatch.setattr(evaluate, "hashlib", SimpleNamespace(sha256=lambda data: same))
     outcomes = measure_reliability.damaged(20, tmp_path)
     assert sum(outcome is not None for outcome in outcomes) > 5
 

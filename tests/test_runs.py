@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import override
 
+import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +61,7 @@ def test_two_iterations_and_two_more_equal_four(search_run, tmp_path):
     """Bit for bit, and more evaluations on the way change nothing."""
     assert script.main(override("max_num_iters=2", "eval_interval=1", f"save_dir={tmp_path}")) == 0
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
-    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
+    assert [path.name for path in evaluate.find_checkpoints(run_dir)] == ["iter_000001.pkl", "iter_000002.pkl"]
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 3, "frames": 1}\n{"iterat')  # What a killed run leaves after its last checkpoint.
     assert script.main(override("resume=auto", "eval_interval=1", f"save_dir={tmp_path}")) == 0
@@ -67,6 +69,27 @@ def test_two_iterations_and_two_more_equal_four(search_run, tmp_path):
     often, seldom = log_of(run_dir), log_of(search_run)
     assert [{key: a[key] for key in b} for a, b in zip(often, seldom, strict=True)] == seldom
     assert all("eval/greedy/avg_return" in row for row in often)
+
+
+@pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
+def test_a_script_needs_evaluate_py_alone_to_train_and_to_be_played(module, ppo_words, tmp_path):
+    """In a folder without anything else."""
+    for file in (module.__file__, evaluate.__file__):
+        shutil.copy(file, tmp_path)
+    words = (override if module is script else ppo_words)("max_num_iters=1", "save_dir=runs")
+    run_dir = module.Config(save_dir="runs", **({"num_simulations": 2} if module is script else {})).run_dir()
+    for command in (
+        [Path(module.__file__).name, *words],
+        ["evaluate.py", str(run_dir), "policy=greedy", "num_episodes=8", "json=scores.json"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / run_dir / "iter_000001.pkl").exists()
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert row["avg_return"] == log_of(tmp_path / run_dir)[-1]["eval/greedy/avg_return"]
 
 
 def test_resume_auto_starts_again_what_died_before_its_first_checkpoint(tmp_path):
@@ -90,7 +113,7 @@ def test_resume_from_a_path_continues_in_another_folder_only(own_run, tmp_path, 
 
 def test_a_branch_that_is_stopped_at_once_goes_on_with_resume_auto(search_run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(script, "in_any_process", lambda flag: True)
+        patch.setattr(evaluate, "in_any_process", lambda flag: True)
         words = override(f"resume={search_run / 'iter_000002.pkl'}", f"save_dir={tmp_path}")
         assert script.main(words) == 0 and "Stopped at iteration 2;" in capsys.readouterr().out
     run_dir = run(tmp_path, "resume=auto")
@@ -212,37 +235,42 @@ def test_overwrite_starts_again(search_run, tmp_path):
     (run_dir / ".iter_000098.pkl.tmp").write_bytes(b"half")
     run(tmp_path, "overwrite=true")
     assert not list(run_dir.glob(".*.tmp"))
-    assert [path.name for path in script.find_checkpoints(run_dir)] == [f"iter_{i:06d}.pkl" for i in (1, 2, 3, 4)]
+    assert [path.name for path in evaluate.find_checkpoints(run_dir)] == [f"iter_{i:06d}.pkl" for i in (1, 2, 3, 4)]
     assert [row["iteration"] for row in log_of(run_dir)] == [0, 1, 2, 3, 4]
 
 
 def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skips(search_run, tmp_path, capsys):
     run_dir = tmp_path / "BinPack-v2" / "nsim_2" / "seed_0"
     shutil.copytree(search_run, run_dir)
-    config, _ = script.parse_command_line(
-        override("resume=auto", f"save_dir={tmp_path}"), script.Config, script.PRESETS
-    )
-    paths = script.find_checkpoints(run_dir)
+    words = override("resume=auto", f"save_dir={tmp_path}")
+    config, _ = evaluate.parse_command_line(words, script.Config, script.PRESETS)
+    paths = evaluate.find_checkpoints(run_dir)
     paths[3].write_bytes(paths[3].read_bytes()[:-5000])
     flipped = bytearray(paths[2].read_bytes())
     flipped[len(flipped) // 2] ^= 1
     paths[2].write_bytes(flipped)
-    assert script.prepare_run(config)["iteration"] == 2
+    with contextlib.closing(script.Run(config)) as newest:
+        assert newest.checkpoint_to_resume()["iteration"] == 2
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [f"Skipped {path}" for path in (paths[3], paths[2])]
     for path in paths[:2]:
         path.write_bytes(b"")
-    with pytest.raises(script.UsageError, match="iter_000001.pkl: not a checkpoint"):
-        script.prepare_run(config)
+    with contextlib.closing(script.Run(config)) as none:
+        with pytest.raises(evaluate.UsageError, match="iter_000001.pkl: not a checkpoint"):
+            none.checkpoint_to_resume()
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 9]), (1, [3, 9]), (2, [2, 3, 9]), (5, [1, 2, 3, 9])])
-def test_only_older_checkpoints_are_removed(keep, left, tmp_path):
+def test_only_older_checkpoints_are_removed(keep, left, tmp_path, config):
     """A later one, skipped as damaged, does not count: else the sound ones would go for it."""
-    for i in (1, 2, 3, 9):
-        (tmp_path / f"iter_{i:06d}.pkl").touch()
-    script.remove_older(tmp_path / "iter_000003.pkl", keep)
-    assert [int(path.stem[5:]) for path in script.find_checkpoints(tmp_path)] == left
+    with contextlib.closing(
+        script.Run(config.model_copy(update=dict(save_dir=str(tmp_path), keep_checkpoints=keep)))
+    ) as run:
+        run.open(script.Progress())
+        for i in (1, 2, 9):
+            run.checkpoint(i).touch()
+        run.save({"iteration": 3})
+    assert [int(path.stem[5:]) for path in evaluate.find_checkpoints(run.path)] == left
 
 
 @contextlib.contextmanager
@@ -258,10 +286,10 @@ def files_up_to(size: int):
 
 def test_a_write_without_room_leaves_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "iter_000001.pkl"
-    script.write_checkpoint(path, {"a": 1})
+    evaluate.write_checkpoint(path, {"a": 1})
     with files_up_to(10_000), pytest.raises(OSError):
-        script.write_checkpoint(path, {"a": np.zeros(10_000)})
-    assert script._PlainUnpickler(path.read_bytes()).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
+        evaluate.write_checkpoint(path, {"a": np.zeros(10_000)})
+    assert evaluate._PlainUnpickler(path.read_bytes()).load() == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_ctrl_c_and_sigterm_ask_once_and_then_end_the_process(capfd):
@@ -280,11 +308,11 @@ def test_training_goes_on_when_wandb_fails(search_run, tmp_path, monkeypatch, ca
         def finish(self):
             raise RuntimeError("service died")
 
-    monkeypatch.setattr(script, "_start_wandb", lambda *_: Broken())
+    monkeypatch.setattr(script, "start_wandb", lambda *_: Broken())
     run_dir = run(tmp_path, "save_interval=100", "save_minutes=0.00001", "keep_checkpoints=2")
     assert "W&B stopped" in capsys.readouterr().out and len(log_of(run_dir)) == 5
     # Saved every iteration for its minutes, and of four checkpoints the newest two are kept.
-    assert [path.name for path in script.find_checkpoints(run_dir)] == ["iter_000003.pkl", "iter_000004.pkl"]
+    assert [path.name for path in evaluate.find_checkpoints(run_dir)] == ["iter_000003.pkl", "iter_000004.pkl"]
 
 
 def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, capsys):
@@ -292,8 +320,8 @@ def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, caps
         raise RuntimeError("no service")
 
     monkeypatch.setattr(script.wandb, "init", refuse)
-    log = script.RunLog(config.model_copy(update={"save_dir": str(tmp_path)}), 0, "id")
-    assert "W&B did not start" in capsys.readouterr().out
-    log.record({"iteration": 0})
-    log.close()
-    assert json.loads(log.path.read_text()) == {"iteration": 0}
+    with contextlib.closing(script.Run(config.model_copy(update=dict(save_dir=str(tmp_path))))) as run:
+        run.open(script.Progress())
+        assert "W&B did not start" in capsys.readouterr().out
+        run.record({"iteration": 0})
+    assert json.loads(run.log.read_text()) == {"iteration": 0}

@@ -16,25 +16,25 @@ def rows(played, keep) -> tuple:
     """States and observations of the rows [B, T] that `keep` selects, flattened."""
     states, observations = played
     index = np.argwhere(np.asarray(keep))
-    pick = lambda x: x[index[:, 0], index[:, 1]]  # noqa: E731
+    pick = lambda x: x[index[:, 0], index[:, 1]]
     return jax.tree.map(pick, states), jax.tree.map(pick, observations)
 
 
-def act_on(policy, model, states, observations, seed=0):
+def act_on(policy, params, states, observations, seed=0):
     """Runs a policy on a batch of states."""
     keys = jax.random.split(jax.random.PRNGKey(seed), observations.ems_mask.shape[0])
 
     def act(key, state, observation):
-        return policy.act(model, key, state, observation, policy.start(model, state, observation))[:2]
+        return policy.act(params, key, state, observation, policy.start(params, state, observation))[:2]
 
     return jax.jit(jax.vmap(act))(keys, states, observations)
 
 
-def full_width_search(env, network, config, model, states, observations, num_simulations):
+def full_width_search(env, network, config, params, states, observations, num_simulations):
     """The reference: mctx on all 800 actions with the network's value, nothing of the script's search."""
 
     def evaluate(observation):
-        return network.apply(model.params, model.state, None, observation)[0]
+        return network.apply(params, None, observation)
 
     def expand(params, key, action, state):
         state, timestep = jax.vmap(functools.partial(script.step_flat, env))(state, action)
@@ -68,19 +68,19 @@ def full_width_search(env, network, config, model, states, observations, num_sim
 def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
     """In training and in evaluate.py."""
     made = []
-    make = lambda env, network, config, n, gumbel_scale: made.append((config.value_scale, n, gumbel_scale))  # noqa: E731
+    make = lambda env, network, config, n, gumbel_scale: made.append((config.value_scale, n, gumbel_scale))
     monkeypatch.setattr(script, "make_search_policy", make)
     for scale, expected in ((7.0, 7.0), (0.0, 0.25)):
         config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
         script.make_playing_search(env, network, config, 3)
         script.make_evaluate(env, network, config)
-        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, {}, {})
-        evaluate.attempts("search", checkpoint, env, evaluate.Config(num_simulations=9), {checkpoint: config})
+        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, {}, script, env, network)
+        evaluate.make_attempts("search", checkpoint, [checkpoint], evaluate.Config(num_simulations=9))
         assert made == [(expected, n, 0.0) for n in (3, 5, 9)]
         made.clear()
 
 
-def test_compact_search_equals_full_width_search(env, network, config, model, played):
+def test_compact_search_equals_full_width_search(env, network, config, params, played):
     config = config.model_copy(update=dict(max_num_considered_actions=4, search_width=64))
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
@@ -88,11 +88,11 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     assert len(observations.ems_mask) >= 1000
     states, observations = jax.tree.map(lambda x: x[:1000], (states, observations))
     policy = script.make_search_policy(env, network, config, 6, 0.0)  # Four children and two of theirs.
-    action, decision = act_on(policy, model, states, observations)
+    action, decision = act_on(policy, params, states, observations)
     weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
     np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
     reference = jax.jit(functools.partial(full_width_search, env, network, config, num_simulations=6))
-    expected = tuple(map(np.asarray, reference(model, states, observations)))
+    expected = tuple(map(np.asarray, reference(params, states, observations)))
 
     def differs(action, weights) -> np.ndarray:
         return (np.asarray(action) != expected[0]) | (np.abs(np.asarray(weights) - expected[1]) > 1e-4).any(-1)
@@ -101,7 +101,7 @@ def test_compact_search_equals_full_width_search(env, network, config, model, pl
     tied = ranked[:, -1] - ranked[:, -2] < 1e-4  # And what noise of the size of rounding changes.
     for seed in range(2):
         noise = np.random.default_rng(seed)
-        other = jax.tree.map(lambda x: x * (1 + 1e-6 * noise.normal(size=x.shape)).astype(x.dtype), model)  # noqa: B023
+        other = jax.tree.map(lambda x: x * (1 + 1e-6 * noise.normal(size=x.shape)).astype(x.dtype), params)
         tied |= differs(*reference(other, states, observations))
     differing = differs(action, weights) & ~tied
     # Equal items give equal priors, of which rounding in either search visits another one first.
@@ -118,7 +118,7 @@ def best_return(step, state, observation) -> float:
     return best
 
 
-def test_search_finds_the_optimum_of_small_endgames(env, network, config, model, played):
+def test_search_finds_the_optimum_of_small_endgames(env, network, config, params, played):
     """Two items from the end, with simulations to spare, search plays what exhaustive search finds."""
     config = config.model_copy(update=dict(max_num_considered_actions=16, value_scale=100.0, leaf_value="completion"))
     states, observations = played
@@ -127,11 +127,11 @@ def test_search_finds_the_optimum_of_small_endgames(env, network, config, model,
     states, observations = rows(played, (count >= 2) & (count <= 6) & (items == 2))
     states, observations = jax.tree.map(lambda x: x[:16], (states, observations))
     policy = script.make_search_policy(env, network, config, 128, 0.0)
-    actions, _ = act_on(policy, model, states, observations)
+    actions, _ = act_on(policy, params, states, observations)
     step = jax.jit(functools.partial(script.step_flat, env))
     optimal, choices = 0, 0
     for i, action in enumerate(np.asarray(actions)):
-        state, observation = jax.tree.map(lambda x, i=i: x[i], (states, observations))
+        state, observation = jax.tree.map(lambda x: x[i], (states, observations))
         best = best_return(step, state, observation)
         after, timestep = step(jax.tree.map(lambda x: x, state), jnp.int32(action))
         achieved = float(timestep.reward) + best_return(step, after, timestep.observation)
@@ -140,7 +140,7 @@ def test_search_finds_the_optimum_of_small_endgames(env, network, config, model,
     assert choices >= 10 and optimal == choices
 
 
-def test_search_improves_expected_q_at_every_state(env, network, config, model, played):
+def test_search_improves_expected_q_at_every_state(env, network, config, params, played):
     """With every legal action visited once, E[Q] under the search's weights is at least that under the prior
     (Danihelka et al. 2022, section 4), Q being exact: the reward plus the greedy completion."""
     config = config.model_copy(update=dict(max_num_considered_actions=8, leaf_value="completion"))
@@ -149,11 +149,11 @@ def test_search_improves_expected_q_at_every_state(env, network, config, model, 
     states, observations = rows(played, count == 8)
     assert len(observations.ems_mask) >= 8
     policy = script.make_search_policy(env, network, config, 8, 0.0)
-    _, decision = act_on(policy, model, states, observations)
+    _, decision = act_on(policy, params, states, observations)
 
     def q_value(state, action):
         state, timestep = script.step_flat(env, state, action)
-        return timestep.reward + timestep.discount * policy.start(model, state, timestep.observation).value
+        return timestep.reward + timestep.discount * policy.start(params, state, timestep.observation).value
 
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 8, 0), states)
     q = jax.jit(jax.vmap(q_value))(repeated, decision.actions[:, :8].reshape(-1)).reshape(-1, 8)
@@ -164,17 +164,17 @@ def test_search_improves_expected_q_at_every_state(env, network, config, model, 
     assert (gain > -1e-6).all() and gain.max() > 1e-4
 
 
-def test_the_carried_root_equals_a_new_one(env, network, config, model, played):
+def test_the_carried_root_equals_a_new_one(env, network, config, params, played):
     """What a search hands on as the next root is what evaluating that state anew gives."""
-    states, observations = rows(played, script.is_decision(played[1]))
+    states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     config = config.model_copy(update=dict(leaf_value="completion"))
     policy = script.make_search_policy(env, network, config, 2, 1.0)
 
     def carry(key, state, observation):
-        action, _, root = policy.act(model, key, state, observation, policy.start(model, state, observation))
+        action, _, root = policy.act(params, key, state, observation, policy.start(params, state, observation))
         state, timestep = script.step_flat(env, state, action)
-        return root, policy.start(model, state, timestep.observation), script.is_decision(timestep.observation)
+        return root, policy.start(params, state, timestep.observation), script.has_legal_action(timestep.observation)
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
     carried, fresh, goes_on = jax.jit(jax.vmap(carry))(keys, states, observations)
@@ -184,20 +184,20 @@ def test_the_carried_root_equals_a_new_one(env, network, config, model, played):
     np.testing.assert_allclose(carried.value, fresh.value, atol=1e-6)
 
 
-def test_terminal_nodes_have_no_value(model, apply, played):
-    states, observations = rows(played, ~script.is_decision(played[1]))
-    logits, value = apply(model, observations)
+def test_terminal_nodes_have_no_value(params, apply, played):
+    states, observations = rows(played, ~script.has_legal_action(played[1]))
+    logits, value = apply(params, observations)
     assert (np.asarray(value) == 0).all() and np.isfinite(np.asarray(logits)).all()
 
 
-def test_noise_explores_in_collection_and_evaluation_has_none(env, network, config, model, played):
-    states, observations = rows(played, script.is_decision(played[1]))
+def test_noise_explores_in_collection_and_evaluation_has_none(env, network, config, params, played):
+    states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
 
     @jax.jit  # The scale as an argument: one program for all four.
     def search(scale, seed):
         policy = script.make_search_policy(env, network, config, 2, scale)
-        return act_on(policy, model, states, observations, seed)[0]
+        return act_on(policy, params, states, observations, seed)[0]
 
     assert (search(1.0, 0) != search(1.0, 1)).any()
     assert (search(0.0, 0) == search(0.0, 1)).all()

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import flat_vector, override
 
+import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 
@@ -21,15 +23,15 @@ def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
     weights = rng.random(actions.shape).astype(np.float32) * np.take_along_axis(legal, actions, -1)
     weights /= weights.sum(-1, keepdims=True)
     returns = rng.random(len(actions)).astype(np.float32)
-    mask, kl = script.is_decision(flat), jnp.array(rng.random(len(actions)), jnp.float32)
+    mask, kl = script.has_legal_action(flat), jnp.array(rng.random(len(actions)), jnp.float32)
     return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), mask, kl)
 
 
-def loss_and_gradient(network, config, model, samples, size=script.LARGEST_SIZE):
+def loss_and_gradient(network, config, params, samples, size=script.LARGEST_SIZE):
     """Every test gives 60 rows, for which it is compiled once."""
     function = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
     function = jax.jit(functools.partial(function, size))
-    return function(model.params, model.state, samples, jnp.maximum(samples.mask.sum(), 1))
+    return function(params, samples, jnp.maximum(samples.mask.sum(), 1))
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
@@ -44,13 +46,13 @@ def test_returns_equal_a_python_loop(discount):
     np.testing.assert_allclose(script.discounted_returns(jnp.array(reward), discount), expected, rtol=1e-5)
 
 
-def test_loss_equals_a_plain_loop(network, config, model, apply, played):
+def test_loss_equals_a_plain_loop(network, config, params, apply, played):
     samples = make_rows(played[1], 0, 60)
-    (loss, metrics), _ = loss_and_gradient(network, config, model, samples)
+    (loss, metrics), _ = loss_and_gradient(network, config, params, samples)
     policy_loss, value_loss, count = 0.0, 0.0, 0
     for i in np.flatnonzero(np.asarray(samples.mask)):
-        row = jax.tree.map(lambda x, i=i: x[i], samples)
-        logits, value = apply(model, row.observation)
+        row = jax.tree.map(lambda x: x[i], samples)
+        logits, value = apply(params, row.observation)
         logits = np.asarray(logits, np.float64)
         log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w)
@@ -62,7 +64,7 @@ def test_loss_equals_a_plain_loop(network, config, model, apply, played):
     np.testing.assert_allclose(loss, (policy_loss + config.value_loss_weight * value_loss) / count, rtol=1e-4)
 
 
-def test_padding_rows_change_neither_loss_nor_gradient(network, config, model, played):
+def test_padding_rows_change_neither_loss_nor_gradient(network, config, params, played):
     samples = make_rows(played[1], 0, 60)
     samples = jax.tree.map(lambda x: x[np.asarray(samples.mask)][:30], samples)
     nothing = jax.tree.map(jnp.zeros_like, samples)
@@ -70,8 +72,8 @@ def test_padding_rows_change_neither_loss_nor_gradient(network, config, model, p
     unpadded, padded = (
         jax.tree.map(lambda x, y: jnp.concatenate([x, y]), samples, padding) for padding in (nothing, garbage)
     )
-    (loss, metrics), gradient = loss_and_gradient(network, config, model, unpadded)
-    (padded_loss, padded_metrics), padded_gradient = loss_and_gradient(network, config, model, padded)
+    (loss, metrics), gradient = loss_and_gradient(network, config, params, unpadded)
+    (padded_loss, padded_metrics), padded_gradient = loss_and_gradient(network, config, params, padded)
     np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
     np.testing.assert_allclose(flat_vector(padded_gradient), flat_vector(gradient), rtol=1e-3, atol=1e-4)
     assert metrics.keys() == padded_metrics.keys() == {"policy_loss", "value_loss"}
@@ -90,17 +92,17 @@ def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(trajectory):
     assert (np.asarray(samples.mask) == mask.reshape(-1)).all()
 
 
-def test_gradients_are_finite_on_finished_rows(network, config, model, played):
-    finished = np.argwhere(~np.asarray(script.is_decision(played[1])))[:60]
+def test_gradients_are_finite_on_finished_rows(network, config, params, played):
+    finished = np.argwhere(~np.asarray(script.has_legal_action(played[1])))[:60]
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 60)
     samples = samples._replace(weights=jnp.zeros_like(samples.weights))
     assert not samples.mask.any() and len(samples.mask) == 60
     for size in (script.Config().token_sizes[0], script.LARGEST_SIZE):
-        (loss, _), gradient = loss_and_gradient(network, config, model, samples, size)
+        (loss, _), gradient = loss_and_gradient(network, config, params, samples, size)
         assert np.isfinite(flat_vector((loss, gradient))).all()
 
 
-def test_the_gradient_in_parts_is_that_of_the_whole(network, config, model, played):
+def test_the_gradient_in_parts_is_that_of_the_whole(network, config, params, played):
     """Rows of early and late states, each part at a size of its own."""
     config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     samples = make_rows(played[1], 0, 64)
@@ -109,8 +111,8 @@ def test_the_gradient_in_parts_is_that_of_the_whole(network, config, model, play
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
     in_parts = jax.jit(functools.partial(script.gradients_in_parts, gradients, config))
     count = samples.mask.sum()
-    (loss, metrics), found = in_parts(samples, model.params, model.state, count)
-    (expected_loss, expected_metrics), expected = loss_and_gradient(network, config, model, samples)
+    (loss, metrics), found = in_parts(samples, params, count)
+    (expected_loss, expected_metrics), expected = loss_and_gradient(network, config, params, samples)
     for a, b in ((loss, expected_loss), *((metrics[key], expected_metrics[key]) for key in expected_metrics)):
         np.testing.assert_allclose(a, b, rtol=1e-4)
     np.testing.assert_allclose(flat_vector(found), flat_vector(expected), rtol=1e-2, atol=1e-4)
@@ -126,24 +128,42 @@ def test_an_update_that_is_not_finite_is_not_applied_and_the_next_one_is(env, ne
     ):
         params, opt_state = step(params, opt_state, jnp.float32(loss), grads)
         assert (flat_vector(params) == flat_vector(state.params)).all()
-        skipped = script.skip_metrics(state.opt_state, opt_state)
-        assert skipped["train/skipped_updates"] == skipped["skipped_in_a_row"] == count + 1
+        assert opt_state.total_notfinite == opt_state.notfinite_count == count + 1 and not opt_state.last_finite
+        before, after = flat_vector(state.opt_state.inner_state), flat_vector(opt_state.inner_state)
+        assert (before == after).all()
     params, opt_state = step(params, opt_state, jnp.float32(0.0), gradient)
     np.testing.assert_allclose(flat_vector(params), flat_vector(state.params) - 0.1, atol=1e-4)  # Adam's first step.
-    skipped = script.skip_metrics(state.opt_state, opt_state)
-    assert skipped["train/skipped_updates"] == 3 and skipped["skipped_in_a_row"] == 0
+    assert opt_state.total_notfinite == 3 and opt_state.notfinite_count == 0 and opt_state.last_finite
 
 
-def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(model, apply, played):
+@pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
+def test_an_iteration_counts_the_updates_that_it_skips(module, env, network, ppo_words):
+    """Those of this iteration, and those in a row up to now, while parameters and optimizer stay as they are."""
+    words = override() if module is script else ppo_words()
+    config, _ = evaluate.parse_command_line(words, module.Config, module.PRESETS)
+    state = module.init_train_state(env, network, config)
+    broken = {name: jax.tree.map(lambda x: x * (np.nan if "value" in name else 1), of_module)
+              for name, of_module in state.params.items()}  # fmt: skip
+    before = state.opt_state._replace(notfinite_count=jnp.int32(2), total_notfinite=jnp.int32(5))
+    iterate = jax.pmap(module.make_train_iteration(env, network, config), axis_name=module.DEVICES, donate_argnums=0)
+    after = iterate(evaluate.replicate(state._replace(params=broken, opt_state=before)))
+    after, metrics = evaluate.host_copy(after)
+    steps = config.num_epochs * (config.rollout_batch_size * module.MAX_DECISIONS // config.training_batch_size)
+    assert metrics["train/skipped_updates"] == steps and metrics["skipped_in_a_row"] == 2 + steps
+    np.testing.assert_array_equal(flat_vector(after.params), flat_vector(broken))
+    np.testing.assert_array_equal(flat_vector(after.opt_state.inner_state), flat_vector(before.inner_state))
+
+
+def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(params, apply, played):
     observations = played[1]
-    wild = script.Model(jax.tree.map(lambda x: 10.0 * x, model.params), model.state)
+    wild = jax.tree.map(lambda x: 10.0 * x, params)
     logits, value = apply(wild, observations)
     x, y, z = map(np.asarray, observations.items)
     bound = (x * y * z * np.asarray(observations.action_mask).any(-2)).sum(-1)
     assert (np.asarray(value) >= 0).all() and (np.asarray(value) <= bound + 1e-6).all()
     legal = np.asarray(script.legal_actions(observations))
     illegal_mass = np.where(legal, 0.0, np.asarray(jax.nn.softmax(logits))).sum(-1)
-    assert illegal_mass[np.asarray(script.is_decision(observations))].max() == 0.0
+    assert illegal_mass[np.asarray(script.has_legal_action(observations))].max() == 0.0
 
 
 def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
@@ -161,24 +181,24 @@ def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
     assert set(rows.ravel()) == {3, 50, 99} and np.bincount(rows[:9].ravel())[[3, 50, 99]].tolist() == [48, 48, 48]
 
 
-def test_only_decisions_that_the_search_moved_are_learnt_from(config, trajectory, played):
+def test_only_decisions_that_the_search_moved_are_learned_from(config, trajectory, played):
     """Of real rows those whose target diverges from the prior; where they are few, those where it does so most."""
     samples = make_rows(played[1], 0, 60)
     mask, kl = np.asarray(samples.mask), np.asarray(samples.target_kl)
 
-    def learnt(least, training_batch_size=32, samples=samples):
+    def learned(least, training_batch_size=32, samples=samples):
         changes = dict(min_target_kl=least, training_batch_size=training_batch_size)
-        return np.asarray(script.taught(samples, config.model_copy(update=changes)).mask)
+        return np.asarray(script.select_taught(samples, config.model_copy(update=changes)).mask)
 
     assert 0 < (mask & (kl < 0.5)).sum() < mask.sum() < 60
-    assert (learnt(0.5) == (mask & (kl >= 0.5))).all()
-    assert (learnt(0.0) == mask).all() and (learnt(2.0, 8 * 60) == mask).all()
+    assert (learned(0.5) == (mask & (kl >= 0.5))).all()
+    assert (learned(0.0) == mask).all() and (learned(2.0, 8 * 60) == mask).all()
     for minibatch, at_least in ((32, 4), (1, 1)):
         most = np.zeros_like(mask)
         most[np.argsort(np.where(mask, -kl, 0.0))[:at_least]] = True
-        assert (learnt(2.0, minibatch) == most).all() and most.sum() == at_least
+        assert (learned(2.0, minibatch) == most).all() and most.sum() == at_least
     broken = samples._replace(target_kl=samples.target_kl.at[np.flatnonzero(mask & (kl < 0.5))[0]].set(jnp.nan))
-    assert learnt(0.5, samples=broken).sum() == (mask & (kl >= 0.5)).sum() + 1
+    assert learned(0.5, samples=broken).sum() == (mask & (kl >= 0.5)).sum() + 1
 
     rng = np.random.default_rng(0)
     weights, prior = (rng.dirichlet(np.ones(5), trajectory.mask.shape).astype(np.float32) for _ in range(2))
@@ -195,7 +215,7 @@ def test_only_decisions_that_the_search_moved_are_learnt_from(config, trajectory
 
 
 def test_training_changes_every_parameter(env, search_run):
-    checkpoint = script.read_checkpoint(search_run / "iter_000001.pkl")
+    checkpoint = evaluate.read_checkpoint(search_run / "iter_000001.pkl")
     config = script.Config(**checkpoint["config"])
     start = script.init_train_state(env, script.make_network(config), config).params
     pairs = zip(jax.tree_util.tree_leaves_with_path(start), jax.tree.leaves(checkpoint["model"][0]), strict=True)
@@ -203,26 +223,26 @@ def test_training_changes_every_parameter(env, search_run):
         assert not np.array_equal(before, after), jax.tree_util.keystr(path)
 
 
-def test_the_first_instances_of_a_large_evaluation_are_those_of_a_small_one(env, network, config, model):
-    play = script.make_player(env, script.make_greedy_policy(network, config))
-    replicated = script.replicate(model)
-    many, few = (play(replicated, script.evaluation_keys(config.eval_seed, count)) for count in (70, 6))
+def test_the_first_instances_of_a_large_evaluation_are_those_of_a_small_one(env, network, config, params):
+    play = evaluate.make_player(script.make_rollout(env, script.make_greedy_policy(network, config)))
+    replicated = evaluate.replicate(params)
+    many, few = (play(replicated, evaluate.evaluation_keys(config.eval_seed, count)) for count in (70, 6))
     assert all(np.array_equal(a[:6], b) for a, b in zip(many, few))
-    means = script.summarise(many)
+    means = evaluate.summarise(many)
     assert 0.2 < means["avg_return"] < 1.0 and 5 < means["packed_items"] < 19
     expected = np.std(many.returns, ddof=1) / 70**0.5
     assert means["avg_return_se"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
-    greedy = script.Episodes(np.array([1.0, 0.5, 0.8]), np.array([19, 9, 15]), np.array([True, False, False]))
+    greedy = evaluate.Episodes(np.array([1.0, 0.5, 0.8]), np.array([19, 9, 15]), np.array([True, False, False]))
     asked = []
 
-    def play_search(model, keys):
+    def play_search(params, keys):
         asked.append(np.asarray(keys).tolist())
-        return script.Episodes(np.array([0.9, 0.7]), np.array([17, 13]), np.array([False, False]))
+        return evaluate.Episodes(np.array([0.9, 0.7]), np.array([17, 13]), np.array([False, False]))
 
-    merged = script.keep_better(play_search, None, np.arange(3), greedy)
+    merged = evaluate.keep_better(play_search, None, np.arange(3), greedy)
     assert asked == [[1, 2]]
     assert merged.returns.tolist() == [1.0, 0.9, 0.8] and merged.steps.tolist() == [19, 17, 15]
     assert greedy.returns.tolist() == [1.0, 0.5, 0.8]

@@ -27,20 +27,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
 
 
 class Config(script.Config):
     """The keys of a run, and those of the measurement."""
 
-    rounds: script.Count = Field(5, description="measured iterations of each arm, after one that compiles")
+    rounds: PositiveInt = Field(5, description="measured iterations of each arm, after one that compiles")
     sweep: bool = Field(False, description="how speed depends on batch, simulations and width, instead of the arms")
     checkpoint: str = Field("", description="checkpoint of search distillation with the same network (empty: none)")
     out: str = Field("", description="file to write the measurements to (empty: none)")
+
+
+def steps_per_epoch(config: script.Config) -> int:
+    """Minibatches of one pass over an iteration's decisions."""
+    return config.rollout_batch_size * script.MAX_DECISIONS // config.training_batch_size
 
 
 def seconds_of(function: Callable, *arguments: Any, rounds: int) -> float:
@@ -54,11 +60,7 @@ def seconds_of(function: Callable, *arguments: Any, rounds: int) -> float:
     return statistics.median(times)
 
 
-# ======================================================================================================================
-# Arms
-# ======================================================================================================================
-
-
+# ======================================================== Arms ========================================================
 class Arm(NamedTuple):
     name: str
     iterate: Callable  # state -> metrics on the host
@@ -75,8 +77,8 @@ def jumanji_env():
 def device_arm(name: str, env, config: Config) -> Arm:
     """The script's own iteration."""
     network = script.make_network(config)
-    step = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES, donate_argnums=0)
-    return Arm(name, lambda state: script.host_copy(step(jax.tree.map(jnp.copy, state))[1]), config)
+    step = jax.pmap(script.make_train_iteration(env, network, config), axis_name=evaluate.DEVICES, donate_argnums=0)
+    return Arm(name, lambda state: evaluate.host_copy(step(jax.tree.map(jnp.copy, state))[1]), config)
 
 
 def host_shuffling_arm(name: str, env, config: Config) -> Arm:
@@ -88,33 +90,33 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
 
     def collect(state: script.TrainState):
         key, _ = jax.random.split(jax.random.fold_in(state.key, state.iteration))
-        keys = script.local_keys(key, config.rollout_batch_size // jax.device_count())
-        trajectory = rollout(script.Model(state.params, state.net_state), keys)
+        episodes = evaluate.device_slice(jnp.arange(config.rollout_batch_size))
+        trajectory = rollout(state.params, jax.vmap(functools.partial(jax.random.fold_in, key))(episodes))
         return script.make_samples(trajectory, config.discount)
 
-    def learn(params, opt_state, net_state, batch: script.Samples, permutations):
+    def learn(params, opt_state, batch: script.Samples, permutations):
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
-        count = jax.lax.psum(batch.mask.sum(), script.DEVICES)
-        sums = script.gradients_in_parts(gradients, config, batch, params, net_state, count)
-        (loss, metrics), grads = jax.lax.psum(sums, script.DEVICES)
+        num_rows = script.psum(batch.mask.sum())
+        sums = script.gradients_in_parts(gradients, config, batch, params, num_rows)
+        (loss, metrics), grads = script.psum(sums)
         return *script.apply_gradients(config, params, opt_state, loss, grads, config.learning_rate), metrics
 
-    collect, learn = (jax.pmap(function, axis_name=script.DEVICES) for function in (collect, learn))
+    collect, learn = (jax.pmap(function, axis_name=evaluate.DEVICES) for function in (collect, learn))
     rng, devices = np.random.default_rng(0), jax.local_device_count()
 
     def iterate(state: script.TrainState) -> dict:
         samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(collect(state)))
-        taught = np.flatnonzero(script.taught(samples, config).mask)
+        taught = np.flatnonzero(script.select_taught(samples, config).mask)
         params, opt_state = state.params, state.opt_state
         for _ in range(config.num_epochs):
-            order = np.resize(rng.permutation(taught), (script.steps_per_epoch(config), config.training_batch_size))
+            order = np.resize(rng.permutation(taught), (steps_per_epoch(config), config.training_batch_size))
             for rows in order:
-                batch = jax.tree.map(lambda x: x[rows].reshape(devices, -1, *x.shape[1:]), samples)  # noqa: B023
+                batch = jax.tree.map(lambda x: x[rows].reshape(devices, -1, *x.shape[1:]), samples)
                 permutations = rng.integers(0, 6, batch.mask.shape)
-                params, opt_state, metrics = learn(params, opt_state, state.net_state, batch, permutations)
+                params, opt_state, metrics = learn(params, opt_state, batch, permutations)
         jax.block_until_ready(params)
-        return script.host_copy(metrics) | {"decisions": samples.mask.sum()}
+        return evaluate.host_copy(metrics) | {"decisions": samples.mask.sum()}
 
     return Arm(name, iterate, config)
 
@@ -158,12 +160,8 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
     return rows
 
 
-# ======================================================================================================================
-# Phases
-# ======================================================================================================================
-
-
-def count_visits(config: Config, model: script.Model, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
+# ======================================================= Phases =======================================================
+def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
     """Passes of the network by size and steps of the environment in one collection, each for a whole batch."""
     calls = {name: 0 for name in (*config.token_sizes, "environment")}
 
@@ -179,16 +177,16 @@ def count_visits(config: Config, model: script.Model, keys: jax.Array) -> tuple[
     network = script.make_network(config)
     apply = network.apply
 
-    def counted_apply(params, net_state, rng, observation, size):
-        (logits, value), net_state = apply(params, net_state, rng, observation, size)
-        return (count(size, logits), value), net_state
+    def counted_apply(params, rng, observation, size):
+        logits, value = apply(params, rng, observation, size)
+        return count(size, logits), value
 
     env = script.make_env()
     step = env.step
     env.step = lambda state, action: step(state, count("environment", action))
     network = network._replace(apply=counted_apply)
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
-    jax.block_until_ready(jax.jit(script.make_rollout(env, policy))(model, keys))
+    jax.block_until_ready(jax.jit(script.make_rollout(env, policy))(params, keys))
     steps = calls.pop("environment")
     return calls, steps
 
@@ -201,7 +199,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     size = config.rollout_batch_size // devices
 
     def seconds_everywhere(function: Callable, *arguments: Any) -> float:
-        return seconds_of(jax.pmap(function), *script.replicate(arguments), rounds=config.rounds)
+        return seconds_of(jax.pmap(function), *evaluate.replicate(arguments), rounds=config.rounds)
 
     def seconds_in_a_loop(body: Callable, carry: Any, *arguments: Any, length: int = 100) -> float:
         """Of one turn of carry = body(carry, *arguments), without what it costs to start a program."""
@@ -211,13 +209,12 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
 
         return seconds_everywhere(loop, carry, arguments) / length
 
-    model = jax.device_put(script.Model(script.host_copy(state.params), script.host_copy(state.net_state)))
-    opt_state = jax.device_put(script.host_copy(state.opt_state))
+    params, opt_state = jax.device_put(evaluate.host_copy((state.params, state.opt_state)))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.PRNGKey(1)))(jnp.arange(size))
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     rollout = script.make_rollout(env, policy)
-    collect = seconds_everywhere(rollout, model, keys)
-    trajectory = jax.jit(rollout)(model, keys)
+    collect = seconds_everywhere(rollout, params, keys)
+    trajectory = jax.jit(rollout)(params, keys)
 
     # Observations from half way through an episode; a step takes the same time from any state.
     half = script.MAX_DECISIONS // 2
@@ -226,25 +223,25 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     step = jax.vmap(functools.partial(script.step_flat, env))
     after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
     step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
-    passes, env_steps = count_visits(config, model, keys)
+    passes, env_steps = count_visits(config, params, keys)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
 
-        def act(model, observation, network_size=network_size):
-            return script.argmax(network.apply(model.params, model.state, None, observation, network_size)[0][0])
+        def act(params, observation, network_size=network_size):
+            return script.argmax(network.apply(params, None, observation, network_size)[0])
 
         if number:
 
-            def again(actions, model, observation, act=act):
+            def again(actions, params, observation, act=act):
                 """The observations depend on the turn before, as far as XLA can know: none of it is computed once."""
                 never = actions < 0
                 keep = lambda x: jnp.where(never.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
-                return act(model, jax.tree.map(keep, observation))
+                return act(params, jax.tree.map(keep, observation))
 
-            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), model, observation)
-        flop += number * devices * jax.jit(act).lower(model, observation).compile().cost_analysis()["flops"]
+            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), params, observation)
+        flop += number * devices * jax.jit(act).lower(params, observation).compile().cost_analysis()["flops"]
 
-    samples = script.taught(script.make_samples(trajectory, config.discount), config)
+    samples = script.select_taught(script.make_samples(trajectory, config.discount), config)
     local = config.training_batch_size // devices
     rows = np.resize(np.random.default_rng(0).permutation(np.flatnonzero(samples.mask)), local)
     batch = jax.tree.map(lambda x: x[rows], samples)
@@ -252,11 +249,11 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
 
     def gradient_step(carry, batch):
         params, opt_state = carry
-        (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params, model.state, batch.mask.sum())
+        (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params, batch.mask.sum())
         return script.apply_gradients(config, params, opt_state, loss, grads, 1e-9)
 
-    gradient = seconds_in_a_loop(gradient_step, (model.params, opt_state), batch, length=10)
-    steps = config.num_epochs * script.steps_per_epoch(config)
+    gradient = seconds_in_a_loop(gradient_step, (params, opt_state), batch, length=10)
+    steps = config.num_epochs * steps_per_epoch(config)
 
     side = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((side, side), jnp.float32)
@@ -304,21 +301,18 @@ def measure_environment(rounds: int) -> dict[str, float]:
     return dict(microseconds=times[0], jumanji_microseconds=times[1], ratio=times[1] / times[0])
 
 
-# ======================================================================================================================
-# Compilation
-# ======================================================================================================================
-
+# ==================================================== Compilation =====================================================
 COMPILE = """
 import sys, time
 sys.path.insert(0, {root!r})
-import jax, train_search_distill_binpack as script
-script.use_compilation_cache(sys.argv[1])
-config, _ = script.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
-script.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
+import evaluate, jax, train_search_distill_binpack as script
+evaluate.use_compilation_cache(sys.argv[1])
+config, _ = evaluate.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
+evaluate.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
 env, network = script.make_env(), script.make_network(config)
 start = time.perf_counter()
-state = script.replicate(script.init_train_state(env, network, config))
-iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES, donate_argnums=0)
+state = evaluate.replicate(script.init_train_state(env, network, config))
+iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=evaluate.DEVICES, donate_argnums=0)
 lowered = iterate.lower(state)
 traced = time.perf_counter()
 lowered.compile()
@@ -329,7 +323,7 @@ print(traced - start, time.perf_counter() - traced)
 def words_of(config: Config) -> list[str]:
     """The overrides that make a training run's configuration."""
     keys = script.Config.model_fields
-    return [f"{key}={script._as_typed(value)}" for key, value in config if key in keys and value != keys[key].default]
+    return [f"{key}={evaluate.as_typed(value)}" for key, value in config if key in keys and value != keys[key].default]
 
 
 def measure_compilation(words: list[str]) -> dict[str, float]:
@@ -344,20 +338,14 @@ def measure_compilation(words: list[str]) -> dict[str, float]:
     return found
 
 
-# ======================================================================================================================
-# Main
-# ======================================================================================================================
-
-
+# ======================================================== Main ========================================================
 def make_state(config: Config) -> script.TrainState:
     state = script.init_train_state(script.make_env(), script.make_network(config), config)
     if config.checkpoint:
-        checkpoint = script.read_checkpoint(config.checkpoint, script.METHOD, config.env_id)
-        hint = "give the same network keys"
-        params, _ = checkpoint["model"]
-        script.check_fit(state.params, params, hint)
+        params, _ = evaluate.read_checkpoint(config.checkpoint, script.METHOD, config.env_id)["model"]
+        evaluate.check_fit(state.params, params, "give the same network keys")
         state = state._replace(params=params)
-    return script.replicate(state)
+    return evaluate.replicate(state)
 
 
 def sweep(config: Config) -> list[dict]:
@@ -371,7 +359,7 @@ def sweep(config: Config) -> list[dict]:
     for key, candidates in values.items():
         for value in candidates:
             changed = config.model_copy(update={key: value})
-            if script.steps_per_epoch(changed) == 0:
+            if steps_per_epoch(changed) == 0:
                 continue
             (row,) = measure_arms([device_arm("", script.make_env(), changed)], make_state(changed), config.rounds)
             rows.append({"key": key, "value": value, "decisions_per_second": row["decisions_per_second"]})
@@ -381,26 +369,25 @@ def sweep(config: Config) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(script.help_text(__doc__, Config, script.PRESETS))
+        print(evaluate.help_text(__doc__, Config, script.PRESETS))
         return 0
     try:
-        config, _ = script.parse_command_line(argv, Config, script.PRESETS)
-        script.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
+        config, _ = evaluate.parse_command_line(argv, Config, script.PRESETS)
+        evaluate.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
         if config.out and not Path(config.out).parent.is_dir():
-            raise script.UsageError(f"out={config.out}: expected a file in a folder that exists; type out=speed.json")
+            raise evaluate.UsageError(f"out={config.out}: expected a file in a folder that exists; type out=speed.json")
         for key in ("rollout_batch_size", "training_batch_size"):
             if getattr(config, key) % jax.device_count():
-                raise script.UsageError(f"{key}: expected a multiple of the {jax.device_count()} devices")
+                raise evaluate.UsageError(f"{key}: expected a multiple of the {jax.device_count()} devices")
         state = make_state(config)
-    except script.UsageError as error:
+    except evaluate.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result: dict[str, Any] = dict(
         command="python tests/benchmarks/throughput.py " + " ".join(argv),
-        commit=subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        commit=evaluate.commit(),
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        versions=script.library_versions(),
+        versions=evaluate.library_versions(),
     )
     if config.sweep:
         result["sweep"] = sweep(config)

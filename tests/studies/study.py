@@ -34,10 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import collect_results  # noqa: E402
 from collect_results import mean_and_error  # noqa: E402
 
+import evaluate  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
 
 HERE, RUNS = Path(__file__).parent, ROOT / "checkpoints" / "study"
 SCRIPT = Path(script.__file__)
+PRESET, _ = evaluate.parse_command_line(["preset=cpu"], script.Config, script.PRESETS)
 RESULTS, TABLE = HERE / "cpu_preset.json", HERE / "README.md"
 ITERATIONS = 40
 LAST_CHECKPOINT = f"{ITERATIONS}_iterations/BinPack-v2/*/seed_0/*.pkl"
@@ -74,13 +76,12 @@ def value_target(share: float) -> tuple[tuple[str, str], ...]:
             "    prior: jax.Array\n    value: jax.Array\n",
         ),
         (
-            "Decision(root.actions, output.action_weights, prior), following",
-            "Decision(root.actions, output.action_weights, prior, tree.node_values[0]), following",
+            "Decision(root.actions, output.action_weights, prior), next_node",
+            "Decision(root.actions, output.action_weights, prior, tree.node_values[0]), next_node",
         ),
         (
-            "        discounted_returns(trajectory.reward, discount),\n",
-            f"        {1 - share} * discounted_returns(trajectory.reward, discount)"
-            f" + {share} * trajectory.decision.value,\n",
+            "    returns = discounted_returns(trajectory.reward, discount)\n",
+            f"    returns = {1 - share} * discounted_returns(trajectory.reward, discount) + {share} * decision.value\n",
         ),
     )
 
@@ -90,32 +91,27 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
     return (
         ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    rows: Any = None\n"),
         (
-            "        order_key, permutation_key = jax.random.split(shuffle_key)\n        rows = minibatch_rows("
-            "order_key, gathered.mask, config)  # [S, M]\n",
-            """        order_key, permutation_key = jax.random.split(shuffle_key)
-        fresh = gathered
-        gathered = jax.tree.map(lambda old, new: jnp.concatenate([old[len(new):], new]), state.rows, gathered)
-        replayed = gathered
-        order = jnp.argsort(jnp.where(gathered.mask, jax.random.uniform(order_key, gathered.mask.shape), 2.0))
-        slots = jnp.arange(config.num_epochs * steps_per_epoch(config) * config.training_batch_size)
-        rows = order[slots % gathered.mask.sum()].reshape(-1, config.training_batch_size)
+            "        rows = minibatch_rows(order_key, samples.mask, config)  # [S, M]\n",
+            """        push = lambda rows, new: jnp.concatenate([rows[len(new):], new])
+        samples = jax.tree.map(push, state.rows, samples)
+        order = jnp.argsort(jnp.where(samples.mask, jax.random.uniform(order_key, samples.mask.shape), 2.0))
+        steps = config.num_epochs * (config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size)
+        rows = order[jnp.arange(steps * config.training_batch_size) % samples.mask.sum()].reshape(steps, -1)
 """,
         ),
-        ("= gathered.mask.sum() / decisions", "= fresh.mask.sum() / decisions"),
         (
-            "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
-            "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, replayed),"
-            " metrics\n",
+            "        return TrainState(params, opt_state, state.key, state.iteration + 1), metrics\n",
+            "        return TrainState(params, opt_state, state.key, state.iteration + 1, samples), metrics\n",
         ),
         (
-            "    state = replicate(state)\n    iterate = ",
+            "    evaluate, state = make_evaluate(env, network, config), replicate(state)\n",
             f"""    _, first = env.reset(state.key)
     count, width = {num_iterations} * config.rollout_batch_size * MAX_DECISIONS, config.search_width
     blank = lambda x: jnp.zeros((count, *x.shape), x.dtype)
     empty = Samples(jax.tree.map(blank, first.observation), *map(blank, (jnp.zeros(width, jnp.int32), jnp.zeros(width),
                     jnp.float32(0.0), jnp.bool_(False), jnp.float32(0.0))))
-    state = replicate(state._replace(rows=empty))
-    iterate = """,
+    evaluate, state = make_evaluate(env, network, config), replicate(state._replace(rows=empty))
+""",
         ),
     )
 
@@ -123,22 +119,23 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
 AVERAGED = (
     ("    iteration: jax.Array  # int32 [], iterations done\n", "    iteration: jax.Array\n    average: Any = None\n"),
     (
-        "        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1), metrics\n",
+        "        return TrainState(params, opt_state, state.key, state.iteration + 1), metrics\n",
         """        average = jax.tree.map(lambda old, new: old + 0.2 * (new - old), state.average, params)
-        return TrainState(params, state.net_state, opt_state, state.key, state.iteration + 1, average), metrics
+        return TrainState(params, opt_state, state.key, state.iteration + 1, average), metrics
 """,
     ),
-    ("    state = replicate(state)\n", "    state = replicate(state._replace(average=state.params))\n"),
     (
-        "evaluate(Model(state.params, state.net_state), iteration)",
-        "evaluate(Model(state.average, state.net_state), iteration)",
+        "    evaluate, state = make_evaluate(env, network, config), replicate(state)\n",
+        """    evaluate, state = make_evaluate(env, network, config), replicate(state._replace(average=state.params))
+""",
     ),
+    ("evaluate(state.params, progress.iteration)", "evaluate(state.average, progress.iteration)"),
 )
 SIX_VIEWS = (
     (
-        "        logits, _ = predict(model, observation)\n        return argmax(logits), None, memory\n",
+        "        return argmax(predict(params, observation)[0]), None, memory\n",
         """        views = [permute_axes(observation, jnp.int32(i)) for i in range(6)]
-        logits = sum(jax.nn.log_softmax(predict(model, view)[0]) for view in views)
+        logits = sum(jax.nn.log_softmax(predict(params, view)[0]) for view in views)
         return argmax(logits), None, memory
 """,
     ),
@@ -148,12 +145,13 @@ SIX_VIEWS = (
 # The network plays four times the instances that are needed, and those come first that it did not fill.
 HARD_INSTANCES = (
     (
-        "        keys = local_keys(collect_key, config.rollout_batch_size // jax.device_count())\n",
-        """        count = config.rollout_batch_size // jax.device_count()
-        tried = local_keys(collect_key, 4 * count)
-        play = make_rollout(env, make_greedy_policy(network, config))
-        filled = play(Model(state.params, state.net_state), tried).solved
-        keys = tried[jnp.argsort(filled)][:count]
+        """        episodes = device_slice(jnp.arange(config.rollout_batch_size))
+        trajectory = rollout(params, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, episodes))
+""",
+        """        tried = device_slice(jnp.arange(4 * config.rollout_batch_size))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, tried)
+        filled = make_rollout(env, make_greedy_policy(network, config))(params, keys).solved
+        trajectory = rollout(params, keys[jnp.argsort(filled)][: len(keys) // 4])
 """,
     ),
 )
@@ -215,7 +213,8 @@ BASE_KEYS = (
 
 def folder_of(variant: Variant) -> Path:
     """Named after what the runs depend on, too, so that those of another version are not taken for this one's."""
-    version = hashlib.sha256(f"{text_of(variant)} {variant.words}".encode()).hexdigest()[:8]
+    code = text_of(variant) + Path(evaluate.__file__).read_text()
+    version = hashlib.sha256(f"{code} {variant.words}".encode()).hexdigest()[:8]
     name = f"{variant.question} {variant.name} {version}"
     return RUNS / "_".join("".join(x if x.isalnum() else " " for x in name).split())
 
@@ -250,11 +249,11 @@ def rows_of(folder: Path, seed: int, iterations: int) -> list[dict] | None:
 def train(variant: Variant, folder: Path, core: int, **words: object) -> None:
     """The variant's training on one core, with `words` over those of every run of the study."""
     folder.mkdir(parents=True, exist_ok=True)
-    every = dict(preset="cpu", learning_rate_decay_iters=words["max_num_iters"], eval_num_simulations=0)
+    every = dict(preset="cpu", learning_rate_decay_iters=words["max_num_iters"], eval_num_simulations=0, save_minutes=0)
     words = every | dict(save_dir=folder) | words | dict(word.split("=", 1) for word in variant.words)
     command = [sys.executable, str(script_of(variant)), *(f"{key}={value}" for key, value in words.items())]
-    environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1"}
-    on_core = lambda: os.sched_setaffinity(0, {core})  # noqa: E731
+    environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    on_core = lambda: os.sched_setaffinity(0, {core})
     path = folder / f"seed_{words['seed']}.log"
     with open(path, "w") as log:
         status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
@@ -355,12 +354,12 @@ def cpu_model() -> str:
 
 def made_with(words: str = "") -> dict:
     """What the figures come from."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout  # noqa: E731
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
     changed = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
     return dict(
         command=f"python tests/studies/study.py{words}",
         commit=git("rev-parse", "HEAD").strip() + changed,
-        versions=script.library_versions(),
+        versions=evaluate.library_versions(),
         device=f"one core of {cpu_model()} for each run",
     )
 
@@ -390,8 +389,9 @@ def measure_long() -> dict:
     """Runs of `LONG` for as long as the preset takes, whose own runs are those of the README."""
     variants = [variant for variant in VARIANTS if variant.name in LONG]
     costs = {row["name"]: row["cost"] or 1.0 for row in json.loads(RESULTS.read_text())["variants"]}
-    number = script.PRESETS["cpu"]["max_num_iters"]
-    items = [(variant, seed, round(number / costs[variant.name])) for variant in variants for seed in SEEDS]
+    items = [
+        (variant, seed, round(PRESET.max_num_iters / costs[variant.name])) for variant in variants for seed in SEEDS
+    ]
     found = list(on_all_cores(run, items))
     runs = [found[i : i + len(SEEDS)] for i in range(0, len(found), len(SEEDS))]
     return made_with(" long") | dict(
@@ -406,9 +406,8 @@ def percent(values: list[float]) -> str:
 def table(results: dict) -> str:
     """One line a variant: means over seeds, and paired differences with their standard errors."""
     runs_of = {variant["name"]: variant["runs"] for variant in results["variants"]}
-    base, preset = runs_of["base"], script.PRESETS["cpu"]
-    config = script.Config(**preset).model_dump(mode="json")
-    settings = [f"{key}={config[key]}".replace("True", "true").replace("False", "false") for key in BASE_KEYS]
+    base = runs_of["base"]
+    settings = [f"{key}={evaluate.as_typed(getattr(PRESET, key))}" for key in BASE_KEYS]
     rows = [
         (row, row[runs], runs_of[row["against"]]) for row in results["variants"][1:] for runs in ("runs", "equal_time")
     ]
@@ -430,11 +429,11 @@ def table(results: dict) -> str:
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
-        f"`{results['command']}`, commit {results['commit'][:12]} (runs are kept for commits with the same training"
-        f" script), {results['device']}. {base[0]['iterations']}"
+        f"`{results['command']}`, commit {results['commit'][:12]} (runs are kept for commits with the same code),"
+        f" {results['device']}. {base[0]['iterations']}"
         " iterations of 64 episodes, over which the learning rate decays, seeds"
         f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. This is the early part of"
-        f" learning; the preset's {preset['max_num_iters']} iterations may order them otherwise. Base is"
+        f" learning; the preset's {PRESET.max_num_iters} iterations may order them otherwise. Base is"
         f" `{' '.join(settings)}`, with the learning rate decaying to zero on a cosine.",
         "",
         "Network: utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs"
@@ -449,7 +448,7 @@ def table(results: dict) -> str:
         "",
         "Filled: containers filled completely, in %. Search: utilisation of the search itself in % while it collected,"
         " in the last five iterations, noise included (where failed instances come first, on harder ones than"
-        " elsewhere). Learnt: share in % of those iterations' decisions that the network learnt from, and in brackets"
+        " elsewhere). Learned: share in % of those iterations' decisions that the network learned from, and in brackets"
         " how often from each: the number of gradient steps does not depend on the share. Cost: time of an iteration"
         " next to that of the row named under 'against', both going on from their last iteration side by side on one"
         " core; where none stands, it was not measured and is taken as equal.",
@@ -458,9 +457,9 @@ def table(results: dict) -> str:
         " policy, and where each action is visited once, as by 4 simulations of 4 legal actions, `maxvisit_init` and"
         " `value_scale` are one factor, `(maxvisit_init + 1) * value_scale`. The value head is searched with more"
         " simulations and actions than completions, since it costs less to ask: three keys differ. Decisions of earlier"
-        " iterations are learnt from as they were chosen then, whatever the network knows by now.",
+        " iterations are learned from as they were chosen then, whatever the network knows by now.",
         "",
-        "| question | choice | network | against | difference | at equal time | filled | search | learnt | cost |",
+        "| question | choice | network | against | difference | at equal time | filled | search | learned | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in results["variants"]:
@@ -477,7 +476,7 @@ def table(results: dict) -> str:
             at_equal_time,
             f"{100 * statistics.mean(x['filled'] for x in runs):.1f}",
             f"{100 * statistics.mean(x['search'] for x in runs):.2f}",
-            f"{100 * statistics.mean(x['taught'] for x in runs):.0f} ({uses(variant, config):.0f})",
+            f"{100 * statistics.mean(x['taught'] for x in runs):.0f} ({uses(variant):.0f})",
             f"{variant['cost']:.2f}" if variant["cost"] else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -486,12 +485,12 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def uses(variant: dict, config: dict) -> float:
+def uses(variant: dict) -> float:
     """How often the network learns from a decision, of those that it learns from."""
-    epochs = dict(word.split("=", 1) for word in variant["words"]).get("num_epochs", config["num_epochs"])
-    steps = script.steps_per_epoch(script.Config(**config))
+    epochs = dict(word.split("=", 1) for word in variant["words"]).get("num_epochs", PRESET.num_epochs)
+    steps = PRESET.rollout_batch_size * script.MAX_DECISIONS // PRESET.training_batch_size
     decisions = statistics.mean(run["taught"] * run["decisions"] / run["iterations"] for run in variant["runs"])
-    return int(epochs) * steps * config["training_batch_size"] / decisions
+    return int(epochs) * steps * PRESET.training_batch_size / decisions
 
 
 def long_table(results: dict) -> list[str]:
@@ -501,7 +500,7 @@ def long_table(results: dict) -> list[str]:
         for run in collect_results.of_method(json.loads(collect_results.RESULTS.read_text()), "search_distill")
     ]
     lines = [
-        f"Some of them for as long as the {script.PRESETS['cpu']['max_num_iters']} iterations of the preset take:"
+        f"Some of them for as long as the {PRESET.max_num_iters} iterations of the preset take:"
         f" `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs are the"
         f" {len(base)} of `tests/results/cpu_preset.json`; means are compared, not runs of the same seed.",
         "",
@@ -514,7 +513,7 @@ def long_table(results: dict) -> list[str]:
         network, filled = (percent([run[key] for run in row["runs"]]) for key in ("greedy", "filled"))
         here, its_error = mean_and_error([100 * run["greedy"] for run in row["runs"]])
         difference = "" if row["runs"] is base else f"{here - mean:.2f} ± {math.hypot(error, its_error):.2f}"
-        iterations = row["runs"][0].get("iterations", script.PRESETS["cpu"]["max_num_iters"])
+        iterations = row["runs"][0].get("iterations", PRESET.max_num_iters)
         lines.append(f"| {row['question']} | {row['name']} | {iterations} | {network} | {difference} | {filled} |")
     return lines
 
