@@ -9,7 +9,7 @@
 
 A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. It is played by the
 environment, network, policies and rollout of its own training script, which is imported when the checkpoint is loaded.
-The training scripts import from here what both need: command line, checkpoint files, playing and scoring instances.
+The training scripts import from here what both need: command line, checkpoint files, devices, playing and scoring.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ DEVICES = "devices"  # The axis that pmap maps over all devices.
 CACHE_DIR = "~/.cache/search-distill-binpack"
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -137,7 +138,7 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
 
 def _parse_value(key: str, raw: str, field: Any) -> Any:
     """One value in YAML's grammar. Text stays as typed, integers are decimal, and a list may lack its brackets."""
-    if get_origin(field.annotation) is tuple and not re.fullmatch(r"\[.*\]|\(.*\)", raw):
+    if raw and get_origin(field.annotation) is tuple and not re.fullmatch(r"\[.*\]|\(.*\)", raw):
         raw = f"[{raw}]"
     if field.annotation is str or re.fullmatch(r"[+-]?\d+", raw):
         return raw
@@ -168,24 +169,26 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, str]) 
     return "\n".join(lines + [f"  {name:6} {words or 'the defaults above'}" for name, words in presets.items()])
 
 
-def exit_status(command: Callable[[], int], smaller: str, after_file_error: str) -> int:
+def exit_status(command: Callable[[], int | None], smaller: str, after_file_error: str) -> int:
     """What `command` returns, or 2 with one line on standard error for a user's mistake or a lack of memory or room.
     One of several processes ends at once where the others do not know of it: an orderly exit would wait for them."""
     status, told = 2, False
     try:
-        return command()
+        return command() or 0
     except UsageError as error:
         line, told = str(error), not isinstance(error, CannotWrite)
     except OSError as error:  # Standard output, mostly.
         line = f"{error}; {after_file_error}"
     except Exception as error:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
         line = f"a device has not enough memory; type a smaller {smaller}"
-        if not (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        if not (of_jax and "RESOURCE_EXHAUSTED" in str(error)):
             if not jax.distributed.is_initialized():
                 raise
-            traceback.print_exc()
-            line, status = "a process of this run ended; start all again with resume=auto", 1
-    print(f"error: {line}", file=sys.stderr, flush=True)
+            reason = str(error).split("\n")[0] if of_jax else traceback.format_exc()
+            line, status = f"a process of this run ended ({reason}); start all again with resume=auto", 1
+    if line:  # The first of several processes speaks for all.
+        print(f"error: {line}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and not told:
         os._exit(status)
     return status
@@ -195,7 +198,7 @@ def exit_status(command: Callable[[], int], smaller: str, after_file_error: str)
 FORMAT_VERSION = 1
 CONTENTS = dict(format_version=int, method=str, iteration=int, frames=int, seconds=float, model=tuple, config=dict,
                 opt_state=list, wandb_id=str)  # fmt: skip
-MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 1_000_000  # A file of some bytes can name the same entry again and again.
 DIGEST = b"sha256:"  # Stands after the pickle, which marks its own end: pickle.load does not read on.
 
 
@@ -304,7 +307,7 @@ def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | N
         data = Path(path).read_bytes()
     except OSError as error:
         raise DamagedFile(f"{path}: expected a checkpoint file, got '{error.strerror}'; give an iter_*.pkl") from None
-    body, marker, digest = data[:-39], data[-39:-32], data[-32:]
+    body, marker, digest = data[:-39], data[-39:-32], data[-32:]  # DIGEST has 7 bytes, a SHA-256 32.
     if marker == DIGEST and hashlib.sha256(body).digest() != digest:
         raise DamagedFile(f"{path}: damaged, its digest does not fit what it holds; give another iter_*.pkl")
     try:
@@ -375,7 +378,7 @@ def file_errors(path: Path):
     try:
         yield
     except OSError as error:
-        hint = "make room or choose another save_dir; what was saved is whole, and resume=auto (no overwrite) goes on"
+        hint = "make room or choose another save_dir; resume=auto (no overwrite) continues from what was saved"
         raise CannotWrite(f"{path}: cannot be written ({error}); {hint}") from None
 
 
@@ -450,8 +453,7 @@ def in_any_process(flag: bool) -> bool:
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """The plain value that the function returns, or the `UsageError` that it raises, in every process. It is called in
-    process 0 alone."""
+    """What the function, called in process 0 alone, returns or raises (`UsageError`) there, in every process."""
     result = error = None
     if jax.process_index() == 0:
         try:
@@ -463,7 +465,7 @@ def on_first_process(function: Callable[[], Any]) -> Any:
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
         result, error = pickle.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
     if error:
-        raise error
+        raise error if jax.process_index() == 0 else type(error)("")  # Said once.
     return result
 
 
@@ -546,7 +548,7 @@ def summarise(episodes: Episodes) -> dict[str, float]:
 # ================================================= Loaded checkpoints =================================================
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained network, ready to use. Made by `load_checkpoint`."""
+    """A trained network, ready to use. Made by `load_checkpoint` (by `without_network` with nothing but a script)."""
 
     path: Path
     method: str  # "search_distill" or "ppo"
@@ -737,9 +739,8 @@ with warnings.catch_warnings():
 
 
 def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], config: Config) -> tuple[list, dict]:
-    """What a row of the table plays: pairs of policy and params, of whose episodes the best one counts, and settings of
-    the search. A checkpoint is searched with as in its training; one of PPO as the first other one that is not
-    (without any: by default, with completions)."""
+    """Pairs of policy and params, of whose episodes the best one counts, and the settings of the search: those of the
+    checkpoint, or of the first other checkpoint that has some, or the defaults with completions."""
     script, env, network, params = checkpoint.script, checkpoint.env, checkpoint.network, checkpoint.params
     if name in FLOORS:
         return [(FLOORS[name](checkpoint), ())], {}
@@ -764,15 +765,15 @@ def score(title: str, checkpoint: Checkpoint, attempts: list, keys: np.ndarray) 
     rollouts = {policy: checkpoint.script.make_rollout(checkpoint.env, policy) for policy, _ in attempts}
     players = {policy: make_player(rollout) for policy, rollout in rollouts.items()}
     ticks: dict[Policy, list[float]] = {policy: [] for policy in players}  # Ends of chunks; the first one compiles.
-    nothing, size, total = np.zeros(len(keys), int), instances_at_a_time(), len(keys) * len(attempts)
-    episodes = Episodes(np.full(len(keys), -1.0, np.float32), nothing, nothing.astype(bool))
+    zeros, size, total = np.zeros(len(keys), int), instances_at_a_time(), len(keys) * len(attempts)
+    episodes = Episodes(np.full(len(keys), -1.0, np.float32), zeros, zeros.astype(bool))
     with tqdm.tqdm(total=total, desc=title, unit="episode", disable=None, leave=False) as bar:
         for policy, params in attempts:
             bar.update(int(episodes.solved.sum()))
             advance = lambda count: (bar.update(count), ticks[policy].append(time.perf_counter()))
             play = functools.partial(players[policy], advance=advance)
             episodes = keep_better(play, replicate(params), keys, episodes)
-            if len(ticks[policy]) < 3:
+            if len(ticks[policy]) < 3:  # Two times are needed, after the chunk that compiles.
                 play(replicate(params), np.resize(keys, (3 * size, 2)))
     seconds = sum(np.median(np.diff(ticks[policy])) for policy, _ in attempts)
     return episodes, float(np.resize(episodes.steps, size).sum() / seconds)
@@ -877,13 +878,14 @@ def read_curve(run_dir: Path) -> np.ndarray:
     """The evaluations of a run, [rows, 3]: decisions, hours of collecting and learning, greedy utilisation. Time that
     went into evaluations is not in the hours, so that their number does not count against a run."""
     log, points, seconds = run_dir / "metrics.jsonl", [], 0.0
-    for row in read_log(log):
-        seconds += row.get("perf/iteration_seconds", 0.0)
-        if row["iteration"] > 0 and {"frames", "eval/greedy/avg_return"} <= row.keys():
-            points.append([row["frames"], seconds / 3600, row["eval/greedy/avg_return"]])
-    if not points:
-        raise UsageError(f"{log}: expected evaluations after the first iteration, got none; give the folder of a run")
-    return np.array(points, np.float64)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # Of a file that no run has written.
+        for row in read_log(log):
+            seconds += row.get("perf/iteration_seconds", 0.0)
+            if row["iteration"] > 0 and {"frames", "eval/greedy/avg_return"} <= row.keys():
+                points.append([row["frames"], seconds / 3600, row["eval/greedy/avg_return"]])
+        if points:
+            return np.array(points, np.float64)
+    raise UsageError(f"{log}: expected evaluations after the first iteration, got none; give the folder of a run")
 
 
 def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
@@ -919,16 +921,17 @@ def distinct_names(paths: list[Path], parts: int) -> list[str]:
     return names if told_apart else distinct_names(paths, parts + 1)
 
 
-def evaluate(words: list[str], paths: list[str], config: Config) -> int:
-    """Does what the configuration asks for; returns 0. `words`, the command line, is kept with the figures."""
+def evaluate(words: list[str], paths: list[str], config: Config) -> None:
+    """Does what the configuration asks for. `words`, the command line, is kept with the figures."""
     wanting = [name for name in config.policy if name not in FLOORS]
     if not paths and (wanting or config.curves or not config.policy):
         asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
         hint = f"type python evaluate.py CHECKPOINT ..., or one of policy={','.join(FLOORS)}"
         raise UsageError(f"{asked}: expected a checkpoint, got none; {hint}")
     if config.render and config.instance >= config.num_episodes:
-        what = f"instance={config.instance}: expected less than num_episodes={config.num_episodes}"
-        raise UsageError(f"{what}; type instance=0")
+        raise UsageError(
+            f"instance={config.instance}: expected below {config.num_episodes}, num_episodes; type instance=0"
+        )
     if config.render and not config.policy:
         raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
     use_cpu_cores(config.num_episodes)
@@ -971,7 +974,6 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> int:
         labels = zip(parents, distinct_names(parents, 1))
         groups = {label: [curves[d] for d in run_dirs if d.parent == parent] for parent, label in labels}
         draw_curves(config.curves, groups)
-    return 0
 
 
 def commit() -> str:

@@ -4,15 +4,14 @@ Every iteration, on the devices and inside one `pmap`:
 
 1. collect    A batch of episodes is played with actions drawn from the policy network.
 2. advantage  Generalised advantage estimates, normalised over all decisions of the iteration.
-3. learn      Several epochs of minibatches on the clipped surrogate (or CISPO's), a clipped value loss and an
-              entropy bonus.
+3. learn      Epochs of minibatches on the clipped surrogate (or CISPO's), a clipped value loss, an entropy bonus.
 
-Environment, network and symmetry are those of search distillation (`train_search_distill_binpack.py`): what differs is
-the search. The small presets take about the same time, the full runs play the same number of episodes.
+Environment, network and symmetry are those of search distillation (`train_search_distill_binpack.py`): only acting and
+learning differ. The small presets take about the same time, the full runs play the same number of episodes.
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
 D model width, H attention heads, M minibatch.
-Command line, checkpoint files, and playing and scoring stand in `evaluate.py`, which both scripts share.
+Command line, checkpoint files, devices, playing and scoring live in `evaluate.py`, which both scripts share.
 
     python train_ppo_binpack.py preset=cpu               # two CPU cores
     python train_ppo_binpack.py                          # an accelerator
@@ -58,18 +57,18 @@ if TYPE_CHECKING:
     from jumanji.types import TimeStep
 
 METHOD = "ppo"
-MAX_DECISIONS = 19  # T: every BinPack-v2 instance has 19 items, and each decision places one or ends the episode.
+MAX_DECISIONS = 19  # T: every BinPack-v2 instance has 19 items, and each decision places one.
 LARGEST_SIZE = (40, 20)  # Spaces and items of an observation.
 psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
 
 
 # =================================================== Configuration ====================================================
 class Config(ev.FrozenModel):
-    """Every key of a run: type, limits, default and meaning stand here and nowhere else."""
+    """Every key of a run, with its type, limits, default and meaning."""
 
     # The run.
     env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
-    seed: ev.Seed = Field(0, description="seed of parameters, instances, search noise and shuffling")
+    seed: ev.Seed = Field(0, description="seed of parameters, instances, noise and shuffling")
     max_num_iters: PositiveInt = Field(800, description="iterations of collecting and learning")
     rollout_batch_size: PositiveInt = Field(1024, description="episodes an iteration, over all devices")
     discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="discount of rewards")
@@ -82,12 +81,12 @@ class Config(ev.FrozenModel):
     value_coef: NonNegativeFloat = Field(0.5, description="weight of the value loss")
     value_clip_eps: PositiveFloat = Field(0.2, description="a value may move by this from the one that was acted with")
     training_batch_size: PositiveInt = Field(4096, description="decisions in a minibatch, over all devices")
-    num_epochs: PositiveInt = Field(4, description="passes over an iteration's decisions, in whole minibatches")
-    learning_rate: PositiveFloat = Field(3e-4, description="step size of Adam")
+    num_epochs: PositiveInt = Field(4, description="epochs, each of as many minibatches as all decisions would fill")
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(3e-4, description="step size of Adam")
     learning_rate_decay_iters: NonNegativeInt = Field(0, description="iterations of cosine decay to 0 (0: constant)")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: PositiveInt = Field(100, description="the run ends after so many skipped updates in a row")
-    permute_axes: bool = Field(True, description="learn each sample under a random permutation of the axes, a symmetry")
+    permute_axes: bool = Field(True, description="train under random permutations of the axes, a symmetry of the task")
     # Network.
     num_transformer_layers: PositiveInt = Field(4, description="transformer layers")
     transformer_num_heads: PositiveInt = Field(4, description="attention heads H")
@@ -101,7 +100,7 @@ class Config(ev.FrozenModel):
     eval_interval: PositiveInt = Field(20, description="iterations between evaluations of the greedy policy")
     eval_batch_size: Annotated[int, Field(ge=2, le=10**7)] = Field(1024, description="evaluation instances")
     eval_seed: ev.Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
-    save_dir: Annotated[ev.UserPath, Field(min_length=1)] = Field("./checkpoints", description="folder of all runs")
+    save_dir: ev.Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: PositiveInt = Field(20, description="iterations between checkpoints; the last is always saved")
     save_minutes: NonNegativeFloat = Field(10.0, description="minutes until a checkpoint is saved anyway (0: never)")
     keep_checkpoints: NonNegativeInt = Field(0, description="newest checkpoints that are kept (0: all)")
@@ -109,39 +108,39 @@ class Config(ev.FrozenModel):
     overwrite: bool = Field(False, description="delete this run's earlier checkpoints and log, and start again")
     wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
     compilation_cache_dir: str = Field(ev.CACHE_DIR, description="folder for compiled programs (empty: no cache)")
-    # Several processes. Slurm, Open MPI, Kubernetes and TPU pods tell the last three.
+    # Several processes. The last three are found under Slurm, Open MPI and Kubernetes and on TPU pods.
     distributed: bool = Field(False, description="this process is one of several that make one run together")
-    coordinator_address: str = Field("", description="host:port of process 0, where the cluster does not tell")
-    num_processes: NonNegativeInt = Field(0, description="number of processes, likewise")
-    process_id: NonNegativeInt = Field(0, description="number of this process from 0, likewise")
+    coordinator_address: str = Field("", description="host:port of process 0, elsewhere")
+    num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
+    process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
     def run_dir(self) -> Path:
         return Path(self.save_dir) / self.env_id / METHOD / f"seed_{self.seed}"
 
     def is_due(self, iteration: int, interval: int) -> bool:
-        """Whether what is done every `interval` iterations, and after the last, is due (0: only then)."""
+        """Whether a task of every `interval` iterations, and of the last one, is due. interval=0: of the last alone."""
         return iteration == self.max_num_iters or (interval > 0 and iteration % interval == 0)
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Self:
-        rows, last = self.rollout_batch_size * MAX_DECISIONS, self.max_num_iters
-        several = self.coordinator_address or self.num_processes or self.process_id
-        is_address = re.fullmatch(r"\S+:\d+", self.coordinator_address)
         grow = all(a <= c and b <= d and (a, b) != (c, d) for (a, b), (c, d) in itertools.pairwise(self.token_sizes))
         if self.token_sizes[-1:] != (LARGEST_SIZE,) or not grow:
             what = f"token_sizes={ev.as_typed(self.token_sizes)}: expected sizes that each hold the one before"
             raise ValueError(f"{what}, none twice, the last one [40,20]; for example token_sizes=[[8,12],[40,20]]")
+        rows, last = self.rollout_batch_size * MAX_DECISIONS, self.max_num_iters
         if self.training_batch_size > rows:
             what = f"expected at most {MAX_DECISIONS} x rollout_batch_size = {rows}, the decisions of one iteration"
             raise ValueError(f"training_batch_size={self.training_batch_size}: {what}; type training_batch_size={rows}")
         if 0 < self.learning_rate_decay_iters < last:
-            what = "expected 0 or at least max_num_iters, since nothing is learned at rate 0"
-            raise ValueError(f"learning_rate_decay_iters: {what}; type learning_rate_decay_iters={last}")
+            what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
+            raise ValueError(f"{what}, since nothing is learned at rate 0; type learning_rate_decay_iters={last}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
+        several = self.coordinator_address or self.num_processes or self.process_id
+        is_address = re.fullmatch(r"\S+:\d+", self.coordinator_address)
         if several and not (self.distributed and is_address and self.process_id < self.num_processes):
             keys = "distributed=true coordinator_address=HOST:PORT num_processes=2 process_id=0"
-            raise ValueError(f"several processes need all of {keys} (below num_processes); type these, or none of them")
+            raise ValueError(f"expected all or none of {keys}, process_id below num_processes; type all of these")
         return self
 
 
@@ -218,22 +217,22 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
     # Sets of EMSs are bit masks, [..., W, E] with W words for each j, which makes the 40 x 40 comparisons cheap to
     # combine: inside[f, :, j] holds the EMSs k that j does not reach out of on side f, around[f, :, j] those that j
-    # surrounds. Reductions run over an axis before the last: along the last, a CPU makes one entry at a time.
+    # surrounds. Reductions run over an axis before the last: along the last one they are slow on a CPU.
     sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
     inside = _pack_bits(sides[:, None, :] >= sides[:, :, None])  # [6, W, E]
     around = _pack_bits(sides[:, None, :] <= sides[:, :, None])
-    moved = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
-    inside, around = (_and_of_others(x)[moved] for x in (inside, around))
-    plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # A candidate lies below it, in sides' signs.
+    opposite = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
+    inside, around = (_and_of_others(x)[opposite] for x in (inside, around))
+    plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # With the signs of `sides`: candidates are below.
     candidate = hit & (sides < plane)  # [6, E], not empty
     candidates = _pack_bits(candidate[..., None])  # [6, W, 1]
-    kept_around = _pack_bits((kept & (plane <= -sides[moved]))[..., None])  # Reach as far as the plane.
+    kept_around = _pack_bits((kept & (plane <= -sides[opposite]))[..., None])  # Kept EMSs that reach the plane.
     slots = np.arange(num_ems)
     earlier, first = _pack_bits(slots[:, None] < slots), _pack_bits(slots[:, None] == 0)  # [W, E], [W, 1]
     candidate &= ~(inside & ~around & candidates).any(-2)  # Strictly inside another one.
-    twins = inside & around & candidates & earlier  # Earlier candidates that are equal.
+    equals = inside & around & candidates & earlier  # Equal candidates that come before.
     inside_kept = inside & kept_around
-    accepted = candidate & ~(twins | inside_kept).any(-2)  # [6, E]; flat, it is in Jumanji's order
+    accepted = candidate & ~(equals | inside_kept).any(-2)  # [6, E]; flat, it is in Jumanji's order
     source, filled, rank, num_free = _assign_slots(accepted, kept)
 
     # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
@@ -241,8 +240,8 @@ def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
     late = (rank - accepted) >= num_free  # [6, E]: the buffer was full when its turn came.
     placed = accepted & ~late
     took_first = placed & (rank == 1) & ~kept[0]
-    in_other = ((inside_kept & ~first) | (twins & _pack_bits((placed & ~took_first)[..., None]))).any(-2)
-    in_first = ((inside_kept & first) | (twins & _pack_bits(took_first[..., None]))).any(-2)
+    in_other = ((inside_kept & ~first) | (equals & _pack_bits((placed & ~took_first)[..., None]))).any(-2)
+    in_first = ((inside_kept & first) | (equals & _pack_bits(took_first[..., None]))).any(-2)
     counts = late & candidate & ~in_other
     overwritten = (counts & ~in_first).any()
     last = jnp.max(jnp.where(counts, np.arange(6 * num_ems).reshape(6, num_ems), -1))
@@ -268,8 +267,8 @@ def _assign_slots(accepted: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.
     rank = (before[:, None] + count(words & up_to)).reshape(-1)[: 6 * num_ems].astype(jnp.int32)  # From 1.
     up_to_slot = _pack_bits(np.tri(num_ems, dtype=bool).T)
     free_rank = count(_pack_bits(~kept[:, None]) & up_to_slot).sum(-2).astype(jnp.int32)  # [E]
-    word = (before[:, None] < free_rank).sum(0) - 1  # [E]: that of the candidate with this rank,
-    bit = (count(words[word, 0] & up_to[:, None]) < free_rank - before[word]).sum(0)  # and its place there.
+    word = (before[:, None] < free_rank).sum(0) - 1  # [E], the word of the candidate with this rank
+    bit = (count(words[word, 0] & up_to[:, None]) < free_rank - before[word]).sum(0)  # [E], its place in that word
     return word * WORD_BITS + bit, ~kept & (free_rank <= rank[-1]), rank.reshape(6, num_ems), free_rank[-1]
 
 
@@ -331,8 +330,8 @@ class PackingNetwork(hk.Module):
         `size` bounds the spaces and items that legal actions use in any row; E and I are those from here on."""
         config = self.config
         tokens = gather_tokens(observation, size)
-        spaces, items, pairs, same = embed(config, tokens)
-        layer = lambda spaces, items: transformer_layer(config, spaces, items, tokens.legal, pairs, same)
+        spaces, items, pairs, item_pairs = embed(config, tokens)
+        layer = lambda spaces, items: transformer_layer(config, spaces, items, tokens.legal, pairs, item_pairs)
         # One program for all layers, with parameters [layers, ...]: it compiles as fast as one layer.
         spaces, items = hk.layer_stack(config.num_transformer_layers, name="layers")(layer)(spaces, items)
         spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
@@ -363,8 +362,8 @@ def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Arr
     space_volume, item_volume = space.prod(-1), item.prod(-1)
 
     def linear(lengths: list[jax.Array], volume: jax.Array, name: str) -> jax.Array:
-        left = jnp.broadcast_to(open_volume[..., None], volume.shape)
-        scalars = [x[..., None] for x in (jnp.cbrt(volume), volume, left)]
+        still_open = jnp.broadcast_to(open_volume[..., None], volume.shape)
+        scalars = [x[..., None] for x in (jnp.cbrt(volume), volume, still_open)]
         return hk.Linear(width, name=name)(jnp.concatenate([*lengths, *scalars], -1))
 
     spaces = linear([lower, upper, space], space_volume, "embed_ems")
@@ -374,8 +373,8 @@ def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
-    """Relations of each (space, item) pair, [..., E, I, F]: slack and exact fit along each axis, number of exact
-    fits, share of the space's volume, and whether the slack is the length of an item that still fits somewhere."""
+    """Relations of each (space, item) pair, [..., E, I, 12]: along each axis slack, exact fit, and whether the slack is
+    the length of an item that still fits somewhere; whether two or three axes fit; share of the space's volume."""
     space, item = jnp.moveaxis(space, -1, 0), jnp.moveaxis(item, -1, 0)
     slack = space[..., :, None] - item[..., None, :]  # [3, ..., E, I]
     fits = _equal_length(slack)
@@ -400,14 +399,14 @@ def _equal_length(difference: jax.Array) -> jax.Array:
     return jnp.abs(difference) < 5e-5
 
 
-def transformer_layer(config: Config, spaces, items, legal, pairs, same) -> tuple[jax.Array, jax.Array]:
+def transformer_layer(config: Config, spaces, items, legal, pairs, item_pairs) -> tuple[jax.Array, jax.Array]:
     """Attention among spaces and among items, attention across along legal actions, and an MLP for each."""
     num_heads, width = config.transformer_num_heads, spaces.shape[-1]
     heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
-    own = heads(_norm(spaces, "ems_norm"), name="ems_self")
-    spaces += _attend(*own, legal.any(-1)[..., None, :], None, "ems_self_out")
-    own = heads(_norm(items, "items_norm"), name="items_self")
-    items += _attend(*own, legal.any(-2)[..., None, :], _bias(same, num_heads, "same_bias"), "items_self_out")
+    qkv = heads(_norm(spaces, "ems_norm"), name="ems_self")
+    spaces += _attend(*qkv, legal.any(-1)[..., None, :], None, "ems_self_out")
+    qkv, bias = heads(_norm(items, "items_norm"), name="items_self"), _bias(item_pairs, num_heads, "same_bias")
+    items += _attend(*qkv, legal.any(-2)[..., None, :], bias, "items_self_out")
     # Across kinds, each asks with its queries for the keys and values of the other.
     ems_query, *of_ems = heads(_norm(spaces, "ems_cross_norm"), name="ems_cross")
     items_query, *of_items = heads(_norm(items, "items_cross_norm"), name="items_cross")
@@ -464,20 +463,20 @@ def policy_head(config: Config, spaces, items, pairs) -> tuple[jax.Array, jax.Ar
     return logits + hk.Linear(1, with_bias=False, name="pair_out")(hidden)[..., 0], hidden
 
 
-def scatter_logits(logits: jax.Array, legal: jax.Array) -> jax.Array:
+def scatter_logits(logits: jax.Array, action_mask: jax.Array) -> jax.Array:
     """Logits of flat actions [..., A] from those of pairs of tokens [..., E, I], `MASKED` where illegal."""
-    space_token, item_token = (jnp.maximum(jnp.cumsum(legal.any(axis), -1) - 1, 0) for axis in (-1, -2))
+    space_token, item_token = (jnp.maximum(jnp.cumsum(action_mask.any(axis), -1) - 1, 0) for axis in (-1, -2))
     pair_token = space_token[..., :, None] * logits.shape[-1] + item_token[..., None, :]
-    logits, legal, pair_token = (x.reshape(*x.shape[:-2], -1) for x in (logits, legal, pair_token))
+    logits, legal, pair_token = (x.reshape(*x.shape[:-2], -1) for x in (logits, action_mask, pair_token))
     return jnp.where(legal, jnp.take_along_axis(logits, pair_token, -1, mode="promise_in_bounds"), MASKED)
 
 
 def value_head(spaces, items, hidden, tokens: Tokens) -> jax.Array:
     """Value [...]: what the items that still fit somewhere can add, times a fraction."""
     masked_mean = lambda x, mask: (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    pairs, legal = (x.reshape(*items.shape[:-2], -1, *x.shape[items.ndim :]) for x in (hidden, tokens.legal))
+    hidden, legal = (x.reshape(*items.shape[:-2], -1, *x.shape[items.ndim :]) for x in (hidden, tokens.legal))
     pooled = [masked_mean(spaces, tokens.legal.any(-1)), masked_mean(items, tokens.legal.any(-2))]
-    pooled = jnp.concatenate([*pooled, masked_mean(pairs, legal)], -1)
+    pooled = jnp.concatenate([*pooled, masked_mean(hidden, legal)], -1)
     fraction = jax.nn.sigmoid(hk.nets.MLP([spaces.shape[-1], 1], name="value")(pooled)[..., 0] + 1.0)
     return tokens.open_volume * fraction
 
@@ -498,7 +497,7 @@ def index_of_smallest_size(sizes: tuple, observation: Observation) -> jax.Array:
 
 def at_smallest_size(function: Callable, sizes: tuple, observation: Observation, *arguments: Any) -> Any:
     """function(size, *arguments) at the first of the sizes that holds every row of a batch of observations. A loss is
-    differentiated inside of it: the gradient of a switch would move the residuals of all sizes."""
+    differentiated inside of it: the gradient of the switch would store and copy the residuals of all sizes."""
     branches = [functools.partial(function, size) for size in sizes]
     return jax.lax.switch(index_of_smallest_size(sizes, observation).max(), branches, *arguments)
 
@@ -556,7 +555,7 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
     rounding of the network, whose size depends on the whole batch."""
 
     def play(params: Any, key: jax.Array) -> Trajectory:
-        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))
+        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))  # 0 ... T - 1 are the keys of the steps.
         memory = policy.start(params, state, timestep.observation)
 
         def step(carry, t):
@@ -604,7 +603,7 @@ def make_sampling_policy(network: hk.Transformed, config: Config) -> Policy:
 
 # ================================================ Advantages and loss =================================================
 class Samples(NamedTuple):
-    """Training rows. `mask` is 0 for padding, which counts in no mean and no gradient."""
+    """Training rows. Those whose `mask` is False are padding, which enters no mean and no minibatch."""
 
     observation: Observation  # leaves [..., ...]
     decision: Decision  # leaves [...]
@@ -659,25 +658,25 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def make_loss(network: hk.Transformed, config: Config):
-    """Returns loss(size, params, samples, num_rows) -> (scalar, metrics), summed over real rows and divided by their
-    number on all devices: sums of it and its gradient over devices are the global mean and its gradient."""
+    """Returns loss(size, params, samples) -> (scalar, metrics), summed over rows and divided by their number in the
+    minibatch of all devices: sums over devices are the global mean and its gradient."""
 
-    def loss(size, params, samples: Samples, num_rows):
+    def loss(size, params, samples: Samples):
         logits, value = network.apply(params, None, samples.observation, size)
-        old = samples.decision
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), old.action[..., None], -1)[..., 0]
-        log_ratio = log_prob - old.log_prob
+        acted = samples.decision
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), acted.action[..., None], -1)[..., 0]
+        log_ratio = log_prob - acted.log_prob
         ratio = jnp.exp(log_ratio)
-        near = old.value + jnp.clip(value - old.value, -config.value_clip_eps, config.value_clip_eps)
-        clipped = jnp.abs(ratio - 1.0) > config.clip_eps if config.loss == "ppo" else ratio > config.epsilon_high
+        clipped_value = acted.value + jnp.clip(value - acted.value, -config.value_clip_eps, config.value_clip_eps)
+        is_clipped = jnp.abs(ratio - 1.0) > config.clip_eps if config.loss == "ppo" else ratio > config.epsilon_high
         per_row = {
-            "policy_loss": policy_loss(config, log_prob, old.log_prob, samples.advantage),
-            "value_loss": jnp.maximum(jnp.square(value - samples.returns), jnp.square(near - samples.returns)),
+            "policy_loss": policy_loss(config, log_prob, acted.log_prob, samples.advantage),
+            "value_loss": jnp.maximum(jnp.square(value - samples.returns), jnp.square(clipped_value - samples.returns)),
             "entropy": entropy(logits),
             "approx_kl": jnp.expm1(log_ratio) - log_ratio,  # k3 of Schulman 2020, 'Approximating KL divergence'.
-            "clip_fraction": clipped,
+            "clip_fraction": is_clipped,
         }
-        metrics = {name: jnp.where(samples.mask, x, 0.0).sum() / num_rows for name, x in per_row.items()}
+        metrics = {name: x.sum() / config.training_batch_size for name, x in per_row.items()}
         total = metrics["policy_loss"] + config.value_coef * metrics["value_loss"]
         return total - config.entropy_coef * metrics["entropy"], metrics
 
@@ -687,7 +686,7 @@ def make_loss(network: hk.Transformed, config: Config):
 # =============================================== One training iteration ===============================================
 class TrainState(NamedTuple):
     params: Any
-    opt_state: optax.ApplyIfFiniteState  # counts skipped updates around the state of Adam
+    opt_state: optax.ApplyIfFiniteState  # as of optax.apply_if_finite, which would not look at the loss
     key: jax.Array  # Never changes: iteration i draws from fold_in(key, i).
     iteration: jax.Array  # int32 [], iterations done
 
@@ -720,20 +719,20 @@ def init_train_state(env: BinPack, network: hk.Transformed, config: Config) -> T
 
 
 def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
-    """Row numbers of all minibatches of an iteration, int32 [epochs * steps, M]: real rows only, a new shuffle each
-    epoch, cut after its last whole minibatch. Where short episodes leave fewer rows than that, they repeat."""
+    """Row numbers of all minibatches of an iteration, int32 [S, M]: those of the mask alone, shuffled anew each epoch.
+    An epoch has as many minibatches as all rows, padding included, would fill; a small mask repeats its rows."""
 
     size = config.training_batch_size
 
     def epoch(key):
-        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Real rows first.
+        order = jnp.argsort(jnp.where(mask, jax.random.uniform(key, mask.shape), 2.0))  # Rows of the mask first.
         return order[jnp.arange(len(mask) // size * size) % mask.sum()].reshape(-1, size)
 
     return jnp.concatenate([epoch(k) for k in jax.random.split(key, config.num_epochs)])
 
 
-def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: Any, num_rows: jax.Array) -> Any:
-    """gradients(size, params, batch, num_rows) -> ((loss, metrics), grads), sums over the rows of a minibatch, taken in
+def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: Any) -> Any:
+    """gradients(size, params, batch) -> ((loss, metrics), grads), sums over the rows of a minibatch, taken in
     up to four parts: rows that need the same size are brought together, and each part is run at its own. The gradient
     is one vector, so that what follows is one operation and not one for each parameter."""
     order = jnp.argsort(index_of_smallest_size(config.token_sizes, batch.observation))
@@ -741,7 +740,7 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), batch)
 
     def of_part(part):
-        sums, grads = at_smallest_size(gradients, config.token_sizes, part.observation, params, part, num_rows)
+        sums, grads = at_smallest_size(gradients, config.token_sizes, part.observation, params, part)
         return sums, ravel_pytree(grads)[0]
 
     return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, parts))
@@ -794,8 +793,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         params, opt_state = carry
         batch = jax.tree.map(lambda x: x[device_slice(rows)], samples)
         batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, batch.decision.permutation))
-        num_rows = psum(batch.mask.sum())
-        (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params, num_rows))
+        (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params))
         metrics["grad_norm"] = optax.tree.norm(grads)
         return apply_gradients(config, params, opt_state, loss, grads, rate), metrics
 
@@ -840,7 +838,7 @@ class Progress:
 
 class Run:
     """The folder of a run with its checkpoints and metrics.jsonl, a lock against a second run, a progress bar, and
-    Weights & Biases where it works. Of several processes the first opens it; the others write nothing."""
+    Weights & Biases where it works. Of several processes the first writes; the others do not."""
 
     def __init__(self, config: Config):
         self.config, self.path, self.log = config, config.run_dir(), config.run_dir() / "metrics.jsonl"
@@ -872,10 +870,8 @@ class Run:
             raise UsageError(f"{what} checkpoint there, {hint}")
         return checkpoint
 
-    def open(self, progress: Progress) -> None:
-        """Makes and locks the folder, deletes what a killed run left half-written, or all for `overwrite`, and opens
-        the log. Raises `UsageError`."""
-        temporary = self.path / ".metrics.jsonl.tmp"
+    def take(self) -> None:
+        """Makes and locks the folder, and deletes what a killed run left half-written there, or all for `overwrite`."""
         with ev.file_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
@@ -884,9 +880,12 @@ class Run:
             earlier = [*ev.find_checkpoints(self.path), *self.path.glob(self.log.name)] if self.config.overwrite else []
             for file in [*self.path.glob(".*.tmp"), *earlier]:
                 file.unlink()
+
+    def start_log(self, progress: Progress) -> None:
+        """Opens metrics.jsonl, W&B and the progress bar. Rows that came after the checkpoint will be made again."""
+        last, temporary = progress.iteration or -1, self.path / ".metrics.jsonl.tmp"  # A fresh run keeps no row.
         with ev.file_errors(self.log):
-            # Rows that came after the checkpoint will be made again.
-            rows = [row for row in ev.read_log(self.log) if 0 < progress.iteration >= row["iteration"]]
+            rows = [row for row in ev.read_log(self.log) if row["iteration"] <= last]
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(temporary, self.log)
             self._file = open(self.log, "a", buffering=1)
@@ -907,8 +906,8 @@ class Run:
 
     def record(self, row: dict[str, float]) -> None:
         """Logs one row an iteration: `iteration`, `frames` (decisions so far), `hours` and the metrics; says what was
-        evaluated, and shows the rest beside the progress bar."""
-        if self._file is None:
+        evaluated, and shows return, loss and speed beside the progress bar."""
+        if self._file is None:  # In all processes but the first.
             return
         for name in [name for name in ("greedy", "search") if f"eval/{name}/avg_return" in row]:
             keys = ("avg_return", "avg_return_se", "solved_rate", "packed_items")
@@ -943,11 +942,11 @@ class Run:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        for file in filter(None, (self._file, self._lock)):
-            with contextlib.suppress(OSError):  # Said when the row was written.
-                file.close()
         if self._wandb is not None:
             self._try_wandb("did not finish", self._wandb.finish)
+        for file in filter(None, (self._file, self._lock)):  # The lock last.
+            with contextlib.suppress(OSError):  # Said when the row was written.
+                file.close()
 
 
 def start_wandb(config: Config, run_dir: Path, run_id: str):
@@ -994,23 +993,24 @@ class StopRequest:
 
 def join_processes(config: Config) -> None:
     """Makes this process one of several with JAX's own runtime. A process that hears nothing of another for half a
-    minute ends; where they do not find together, JAX ends it after the time that the line below tells."""
+    minute ends; where they cannot connect, JAX ends it after `initialization_timeout`, in seconds."""
     given: dict[str, Any] = dict(initialization_timeout=120, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
     if config.coordinator_address:
         given |= config.model_dump(include={"coordinator_address", "num_processes", "process_id"})
         given |= {"cluster_detection_method": "deactivate"}
-        waiting = f"process {config.process_id} of {config.num_processes} waits for {config.coordinator_address}"
-        print(f"{waiting}, up to {given['initialization_timeout']} s", flush=True)
+        place = f"process {config.process_id} of {config.num_processes}"
+        print(f"{place} waits for {config.coordinator_address}, up to {given['initialization_timeout']} s", flush=True)
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
         hint = "start all, by a cluster's launcher or with coordinator_address, num_processes and process_id"
         raise UsageError(f"distributed=true: {str(error).splitlines()[0]}; {hint}") from None
-    keys = config.model_dump_json(exclude={"process_id"})
-    if ev.in_any_process(keys != ev.on_first_process(lambda: keys)):
-        raise UsageError(
-            "distributed=true: expected the same keys in every process; they may differ in process_id alone"
-        )
+    mine = config.model_dump(mode="json", exclude={"process_id"})
+    first = ev.on_first_process(lambda: mine)
+    others = [f"{k}={ev.as_typed(mine[k])}, not {ev.as_typed(first[k])}" for k in mine if mine[k] != first[k]]
+    if ev.in_any_process(bool(others)):
+        found = ", ".join(others) or "others in another one"
+        raise UsageError(f"distributed=true: expected the keys of process 0 in every process, got {found}")
 
 
 def start_devices(config: Config) -> None:
@@ -1034,12 +1034,10 @@ NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_ch
 
 
 def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
-    """The state that a checkpoint continues from; says which keys change. Raises `UsageError` if it does not fit."""
+    """The state that a checkpoint continues from; says which keys change that matter. Raises `UsageError`."""
     old, new = checkpoint["config"], config.model_dump(mode="json")
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RESULT]
-    of_network = [
-        f"{key}={ev.as_typed(old.get(key))}" for key in changed if "transformer" in key or key == "pair_units"
-    ]
+    of_network = [f"{k}={ev.as_typed(old.get(k))}" for k in changed if "transformer" in k or k == "pair_units"]
     hint = " ".join(["type", *of_network]) if of_network else "give another one"
     if not checkpoint["opt_state"]:
         hint = "it is for evaluation, without the optimizer's state; give one that a run saved"
@@ -1089,9 +1087,10 @@ def train_to_the_end(config: Config, state: TrainState, progress: Progress, run:
             what = f"{name} is not finite, and {skipped_in_a_row} updates in a row were skipped"
             last = f"the last checkpoint before that is {run.checkpoint(saved) if saved else 'none'}"
             hint = "type a smaller learning_rate, and resume=auto or overwrite=true"
-            raise UsageError(f"iteration {progress.iteration}: {what}; {last}; {hint}")
-        save_due |= 0 < 60 * config.save_minutes < time.perf_counter() - saved_at
-        save_due |= config.is_due(progress.iteration, config.save_interval)
+            line = f"iteration {progress.iteration}: {what}; {last}; {hint}"
+            raise UsageError(line if jax.process_index() == 0 else "")
+        is_late = config.save_minutes > 0 and time.perf_counter() - saved_at > 60 * config.save_minutes
+        save_due |= is_late or config.is_due(progress.iteration, config.save_interval)
         if save_due and not skipped_in_a_row:  # While updates are skipped as not finite, no checkpoint is saved.
             save()
         stopped = ev.in_any_process(stop.made)
@@ -1124,12 +1123,14 @@ def train(config: Config, preset: str) -> int:
         if progress.iteration >= config.max_num_iters:
             print(f"Complete: {progress.iteration} iterations are done; a larger max_num_iters continues.")
             return 0
-        ev.on_first_process(functools.partial(run.open, progress))
+        ev.on_first_process(run.take)
         what = f"{sum(x.size for x in jax.tree.leaves(state.params)):,} parameters"
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         print(f"{run.path}: {what}, {device}, from iteration {progress.iteration}")
         if jax.default_backend() == "cpu" and preset == "full":
-            print("No accelerator: the full run would take days here. preset=cpu is a complete run for two cores.")
+            print("No accelerator here, and the defaults want one; preset=cpu is a complete run for two cores.")
+        if jax.process_index() == 0:
+            run.start_log(progress)
         train_to_the_end(config, state, progress, run, stop)
     return 0
 

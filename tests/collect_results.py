@@ -61,7 +61,7 @@ CHECKPOINTS = ROOT / "checkpoints"
 FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
-    "lookahead": "that rule, looking one move ahead at 16 actions",
+    "lookahead": "the best of that rule's 16 first choices, each completed by the rule",
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
@@ -155,7 +155,7 @@ def results_table(results: dict, floors: dict, benchmark: dict) -> str:
     """What the methods reach, and what its figures are."""
     devices = by_device(results)
     lines = [
-        "| two CPU cores, `preset=cpu` | decisions | minutes | utilisation | filled completely |",
+        "| two CPU cores, `preset=cpu` | decisions | minutes (slower / faster) | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -64,29 +65,38 @@ NOT_OF_PPO = (*OF_SEARCH, "num_epochs", "min_target_kl", "learning_rate")
 SMALL_WORDS = [f"{key}={evaluate.as_typed(value)}" for key, value in SMALL.items()]
 
 
-OF_THE_RUN = (*script.NOT_OF_THE_RESULT, "seed", "wandb_project", "save_interval", "max_skipped_updates")
+NOT_OF_TRAINING = {*script.NOT_OF_THE_RESULT, "seed", "wandb_project", "save_interval", "max_skipped_updates",
+                   "max_num_iters", "eval_interval", "eval_search_interval"}  # fmt: skip
+OF_THE_NETWORK = {"num_transformer_layers", "transformer_num_heads", "transformer_key_size", "transformer_mlp_units",
+                  "pair_units", "token_sizes"}  # fmt: skip
 programs = {}
 
 
-def share_programs(module, name: str, *ignored: str) -> None:
-    """Runs in this process whose configurations make the same program have one, which is traced once."""
+def share_programs(module, name: str, is_key: Callable[[str], bool] = lambda key: True) -> None:
+    """Calls in this process whose arguments make the same program have one, which is traced once. Of a configuration,
+    the keys count that `is_key` names; a network is that of the configuration, and every environment is the same."""
     make = getattr(module, name)
 
-    def find_or_make(env, network, config):
-        values = [(key, value) for key, value in config if key not in ignored]
-        key = (module, name, type(env).__qualname__, type(config), *values)
+    def identity(argument):
+        if isinstance(argument, (script.Config, ppo.Config)):
+            return type(argument), *((key, value) for key, value in argument if is_key(key))
+        kind = type(argument).__name__
+        return kind if kind in ("Transformed", "FastBinPack") else argument
+
+    def find_or_make(*arguments):
+        key = (module, name, evaluate.instances_at_a_time(), *map(identity, arguments))
         if key not in programs:
-            programs[key] = make(env, network, config)
+            programs[key] = make(*arguments)
         return programs[key]
 
     setattr(module, name, find_or_make)
 
 
 for module in (script, ppo):
-    share_programs(module, "make_evaluate", *OF_THE_RUN)
-    share_programs(
-        module, "make_train_iteration", *OF_THE_RUN, "max_num_iters", "eval_interval", "eval_search_interval"
-    )
+    share_programs(module, "make_train_iteration", lambda key: key not in NOT_OF_TRAINING)
+    share_programs(module, "make_greedy_policy", lambda key: key in OF_THE_NETWORK)
+    share_programs(module, "make_rollout")
+share_programs(evaluate, "make_player")
 jax.pmap = functools.cache(jax.pmap)  # The same function gives the same program.
 
 

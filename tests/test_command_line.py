@@ -92,7 +92,7 @@ def test_single_keys_override_the_preset_wherever_they_stand():
         (["--overwrit"], "did you mean 'overwrite'"),
         (
             ["num_processes=2"],
-            "need all of distributed=true coordinator_address=HOST:PORT num_processes=2 process_id=0",
+            "all or none of distributed=true coordinator_address=HOST:PORT num_processes=2",
         ),
         (["distributed=true", "coordinator_address=me", "num_processes=2"], "coordinator_address=HOST:PORT"),
         (["distributed=true", "coordinator_address=me:1", "num_processes=2", "process_id=2"], "below num_processes"),

@@ -114,5 +114,8 @@ def test_processes_with_different_configurations_stop_with_a_clear_line(ppo_word
     processes = start_two(tmp_path, ppo_words(), "permute_axes=false")
     errors = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert all("error: distributed=true: expected the same keys in every process" in error for error in errors)
+    expected = "error: distributed=true: expected the keys of process 0 in every process, got "
+    assert (
+        f"{expected}others in another one\n" in errors[0] and f"{expected}permute_axes=false, not true\n" in errors[1]
+    )
     assert not any("Traceback" in error for error in errors) and list(tmp_path.iterdir()) == []

@@ -87,6 +87,8 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     assert f"PPO's network packs {mean('ppo', 'greedy/avg_return'):.1f} %" in README
     rule = next(row for row in floors["rows"] if row["policy"] == "largest_first")
     assert f"the largest item into the smallest space packs {100 * rule['avg_return']:.1f} %" in README
+    rule = next(row for row in floors["rows"] if row["policy"] == "lookahead")
+    assert f"and {100 * rule['avg_return']:.1f} % with a look-ahead of one move" in README
 
     group = next(group for group in results["groups"] if group["method"] == "search_distill")
     first = next(run for run in group["runs"] if run["seed"] == 0)

@@ -13,6 +13,8 @@ import evaluate
 import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
+BOTH = pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
+
 
 def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
     """Training rows on the states of played episodes, with random targets of the right form."""
@@ -27,11 +29,22 @@ def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
     return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), mask, kl)
 
 
+@pytest.fixture(scope="module")
+def decisions(played):
+    """The observations of the random episodes' decisions, without padding, [1, N, ...]."""
+    real = np.asarray(script.has_legal_action(played[1]))
+    return jax.tree.map(lambda x: x[real][None], played[1])
+
+
+@pytest.fixture(scope="module")
+def config_of_60(config):
+    """Every test that takes a gradient gives 60 rows, for which it is compiled once."""
+    return config.model_copy(update=dict(training_batch_size=60))
+
+
 def loss_and_gradient(network, config, params, samples, size=script.LARGEST_SIZE):
-    """Every test gives 60 rows, for which it is compiled once."""
     function = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
-    function = jax.jit(functools.partial(function, size))
-    return function(params, samples, jnp.maximum(samples.mask.sum(), 1))
+    return jax.jit(functools.partial(function, size))(params, samples)
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
@@ -46,37 +59,21 @@ def test_returns_equal_a_python_loop(discount):
     np.testing.assert_allclose(script.discounted_returns(jnp.array(reward), discount), expected, rtol=1e-5)
 
 
-def test_loss_equals_a_plain_loop(network, config, params, apply, played):
-    samples = make_rows(played[1], 0, 60)
-    (loss, metrics), _ = loss_and_gradient(network, config, params, samples)
-    policy_loss, value_loss, count = 0.0, 0.0, 0
-    for i in np.flatnonzero(np.asarray(samples.mask)):
+def test_loss_equals_a_plain_loop(network, config_of_60, params, apply, decisions):
+    samples = make_rows(decisions, 0, 60)
+    (loss, metrics), _ = loss_and_gradient(network, config_of_60, params, samples)
+    policy_loss, value_loss = 0.0, 0.0
+    for i in range(60):
         row = jax.tree.map(lambda x: x[i], samples)
         logits, value = apply(params, row.observation)
         logits = np.asarray(logits, np.float64)
         log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-        policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w)
-        value_loss += (float(value) - float(row.returns)) ** 2
-        count += 1
-    assert 10 < count < 60
-    np.testing.assert_allclose(metrics["policy_loss"], policy_loss / count, rtol=1e-4)
-    np.testing.assert_allclose(metrics["value_loss"], value_loss / count, rtol=1e-4)
-    np.testing.assert_allclose(loss, (policy_loss + config.value_loss_weight * value_loss) / count, rtol=1e-4)
-
-
-def test_padding_rows_change_neither_loss_nor_gradient(network, config, params, played):
-    samples = make_rows(played[1], 0, 60)
-    samples = jax.tree.map(lambda x: x[np.asarray(samples.mask)][:30], samples)
-    nothing = jax.tree.map(jnp.zeros_like, samples)
-    garbage = make_rows(played[1], 1, 30)._replace(mask=jnp.zeros(30, bool), returns=jnp.full(30, 1e6))
-    unpadded, padded = (
-        jax.tree.map(lambda x, y: jnp.concatenate([x, y]), samples, padding) for padding in (nothing, garbage)
-    )
-    (loss, metrics), gradient = loss_and_gradient(network, config, params, unpadded)
-    (padded_loss, padded_metrics), padded_gradient = loss_and_gradient(network, config, params, padded)
-    np.testing.assert_allclose(padded_loss, loss, rtol=1e-6)
-    np.testing.assert_allclose(flat_vector(padded_gradient), flat_vector(gradient), rtol=1e-3, atol=1e-4)
-    assert metrics.keys() == padded_metrics.keys() == {"policy_loss", "value_loss"}
+        policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w) / 60
+        value_loss += (float(value) - float(row.returns)) ** 2 / 60
+    assert metrics.keys() == {"policy_loss", "value_loss"}
+    np.testing.assert_allclose(metrics["policy_loss"], policy_loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["value_loss"], value_loss, rtol=1e-4)
+    np.testing.assert_allclose(loss, policy_loss + config_of_60.value_loss_weight * value_loss, rtol=1e-4)
 
 
 def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(trajectory):
@@ -92,37 +89,60 @@ def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(trajectory):
     assert (np.asarray(samples.mask) == mask.reshape(-1)).all()
 
 
-def test_gradients_are_finite_on_finished_rows(network, config, params, played):
+def test_gradients_are_finite_on_finished_rows(network, config_of_60, params, played):
     finished = np.argwhere(~np.asarray(script.has_legal_action(played[1])))[:60]
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 60)
     samples = samples._replace(weights=jnp.zeros_like(samples.weights))
     assert not samples.mask.any() and len(samples.mask) == 60
     for size in (script.Config().token_sizes[0], script.LARGEST_SIZE):
-        (loss, _), gradient = loss_and_gradient(network, config, params, samples, size)
+        (loss, _), gradient = loss_and_gradient(network, config_of_60, params, samples, size)
         assert np.isfinite(flat_vector((loss, gradient))).all()
 
 
-def test_the_gradient_in_parts_is_that_of_the_whole(network, config, params, played):
+def test_the_gradient_in_parts_is_that_of_the_whole(network, config_of_60, params, decisions):
     """Rows of early and late states, each part at a size of its own."""
-    config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
-    samples = make_rows(played[1], 0, 64)
-    samples = jax.tree.map(lambda x: x[np.random.default_rng(0).permutation(64)[:60]], samples)
+    config = config_of_60.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
+    samples = make_rows(decisions, 0, 60)
+    samples = jax.tree.map(lambda x: x[np.random.default_rng(0).permutation(60)], samples)
     assert 0 < int(script.index_of_smallest_size(config.token_sizes, samples.observation).sum()) < 60
     gradients = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
     in_parts = jax.jit(functools.partial(script.gradients_in_parts, gradients, config))
-    count = samples.mask.sum()
-    (loss, metrics), found = in_parts(samples, params, count)
+    (loss, metrics), found = in_parts(samples, params)
     (expected_loss, expected_metrics), expected = loss_and_gradient(network, config, params, samples)
     for a, b in ((loss, expected_loss), *((metrics[key], expected_metrics[key]) for key in expected_metrics)):
         np.testing.assert_allclose(a, b, rtol=1e-4)
     np.testing.assert_allclose(flat_vector(found), flat_vector(expected), rtol=1e-2, atol=1e-4)
 
 
-def test_an_update_that_is_not_finite_is_not_applied_and_the_next_one_is(env, network, config):
-    state = script.init_train_state(env, network, config)
+@BOTH
+def test_parts_hold_each_row_once_and_run_at_the_smallest_size_that_holds_them(module, decisions):
+    config = module.Config(token_sizes=((8, 12), (40, 20)))
+    samples = make_rows(decisions, 0, 64)
+    needed = np.asarray(module.index_of_smallest_size(config.token_sizes, samples.observation))
+
+    def gradients(size, params, part):
+        """Sums over rows that tell which part ran at which size; the part itself as its gradient."""
+        too_small = module.index_of_smallest_size(config.token_sizes, part.observation).max() > (size == (40, 20))
+        here = jnp.arange(2) == config.token_sizes.index(size)
+        return (part.returns.sum(), {"too_small": too_small, "rows": here * len(part.returns)}), part.returns[
+            :3
+        ] * params
+
+    (total, metrics), grads = module.gradients_in_parts(gradients, config, samples, jnp.float32(2.0))
+    np.testing.assert_allclose(total, samples.returns.sum(), rtol=1e-5)
+    assert not metrics["too_small"].any() and metrics["rows"].sum() == 64
+    assert metrics["rows"][1] == -(-needed.sum() // 16) * 16 < 64
+    first = np.argsort(needed, kind="stable").reshape(4, 16)[:, :3]
+    np.testing.assert_allclose(grads, 2.0 * np.asarray(samples.returns)[first].sum(0), rtol=1e-5)
+
+
+@BOTH
+def test_an_update_that_is_not_finite_is_not_applied_and_the_next_one_is(module, env, network):
+    config = module.Config()
+    state = module.init_train_state(env, network, config)
     params, opt_state = state.params, state.opt_state
     gradient = jnp.ones(sum(x.size for x in jax.tree.leaves(params)))
-    step = jax.jit(functools.partial(script.apply_gradients, config, rate=jnp.float32(0.1)))
+    step = jax.jit(functools.partial(module.apply_gradients, config, rate=jnp.float32(0.1)))
     for count, (loss, grads) in enumerate(
         [(jnp.nan, gradient), (0.0, gradient.at[3].set(jnp.inf)), (jnp.inf, gradient)]
     ):
@@ -136,7 +156,7 @@ def test_an_update_that_is_not_finite_is_not_applied_and_the_next_one_is(env, ne
     assert opt_state.total_notfinite == 3 and opt_state.notfinite_count == 0 and opt_state.last_finite
 
 
-@pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
+@BOTH
 def test_an_iteration_counts_the_updates_that_it_skips(module, env, network, ppo_words):
     """Those of this iteration, and those in a row up to now, while parameters and optimizer stay as they are."""
     words = override() if module is script else ppo_words()
@@ -166,10 +186,12 @@ def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(params, appl
     assert illegal_mass[np.asarray(script.has_legal_action(observations))].max() == 0.0
 
 
-def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
-    config = config.model_copy(update=dict(num_epochs=3, training_batch_size=16))  # 9 x 16 slots for 8 x 19 rows.
-    mask = np.random.default_rng(0).random(config.rollout_batch_size * script.MAX_DECISIONS) < 0.97
-    rows = np.asarray(script.minibatch_rows(jax.random.PRNGKey(0), jnp.array(mask), config))
+@BOTH
+def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(module):
+    """Nothing of padding is learned from: it is in no minibatch."""
+    config = module.Config(rollout_batch_size=8, num_epochs=3, training_batch_size=16)  # 9 x 16 slots for 8 x 19 rows.
+    mask = np.random.default_rng(0).random(config.rollout_batch_size * module.MAX_DECISIONS) < 0.97
+    rows = np.asarray(module.minibatch_rows(jax.random.PRNGKey(0), jnp.array(mask), config))
     assert rows.shape == (27, 16) and mask[rows].all()
     epochs = rows.reshape(3, -1)
     for epoch in epochs:
@@ -177,7 +199,7 @@ def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(config):
     assert not np.array_equal(epochs[0], epochs[1])
     few = np.zeros_like(mask)
     few[[3, 50, 99]] = True
-    rows = np.asarray(script.minibatch_rows(jax.random.PRNGKey(0), jnp.array(few), config))
+    rows = np.asarray(module.minibatch_rows(jax.random.PRNGKey(0), jnp.array(few), config))
     assert set(rows.ravel()) == {3, 50, 99} and np.bincount(rows[:9].ravel())[[3, 50, 99]].tolist() == [48, 48, 48]
 
 

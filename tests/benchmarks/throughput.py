@@ -97,9 +97,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
     def learn(params, opt_state, batch: script.Samples, permutations):
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(script.permute_axes)(batch.observation, permutations))
-        num_rows = script.psum(batch.mask.sum())
-        sums = script.gradients_in_parts(gradients, config, batch, params, num_rows)
-        (loss, metrics), grads = script.psum(sums)
+        (loss, metrics), grads = script.psum(script.gradients_in_parts(gradients, config, batch, params))
         return *script.apply_gradients(config, params, opt_state, loss, grads, config.learning_rate), metrics
 
     collect, learn = (jax.pmap(function, axis_name=evaluate.DEVICES) for function in (collect, learn))
@@ -249,7 +247,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
 
     def gradient_step(carry, batch):
         params, opt_state = carry
-        (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params, batch.mask.sum())
+        (loss, _), grads = script.gradients_in_parts(gradients, config, batch, params)
         return script.apply_gradients(config, params, opt_state, loss, grads, 1e-9)
 
     gradient = seconds_in_a_loop(gradient_step, (params, opt_state), batch, length=10)

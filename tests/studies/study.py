@@ -71,13 +71,10 @@ VISITED_ONLY = (
 def value_target(share: float) -> tuple[tuple[str, str], ...]:
     """The value learns a mixture of the return and of the root's value after search."""
     return (
-        (
-            "    prior: jax.Array  # [K], log-probabilities of the network\n",
-            "    prior: jax.Array\n    value: jax.Array\n",
-        ),
+        ("    prior: jax.Array  #", "    value: jax.Array\n    prior: jax.Array  #"),
         (
             "Decision(root.actions, output.action_weights, prior), next_node",
-            "Decision(root.actions, output.action_weights, prior, tree.node_values[0]), next_node",
+            "Decision(root.actions, output.action_weights, tree.node_values[0], prior), next_node",
         ),
         (
             "    returns = discounted_returns(trajectory.reward, discount)\n",
@@ -426,38 +423,52 @@ def table(results: dict) -> str:
         limits = [stats.t.ppf(1 - 0.025 / n, len(errors) * (len(SEEDS) - 1)) * pooled for n in (1, len(rows))]
         return "{:.2f} ({:.2f}, {:.2f})".format(pooled, *limits)
 
+    seeds = ", ".join(str(run["seed"]) for run in base)
+    fewest, most = (f"{100 * (x - 1):+.0f}" for x in (min(decisions), max(decisions)))
     lines = [
         "# What each choice of `preset=cpu` is worth",
         "",
-        f"`{results['command']}`, commit {results['commit'][:12]} (runs are kept for commits with the same code),"
-        f" {results['device']}. {base[0]['iterations']}"
-        " iterations of 64 episodes, over which the learning rate decays, seeds"
-        f" {', '.join(str(run['seed']) for run in base)}, 1,024 fixed instances. This is the early part of"
-        f" learning; the preset's {PRESET.max_num_iters} iterations may order them otherwise. Base is"
-        f" `{' '.join(settings)}`, with the learning rate decaying to zero on a cosine.",
+        f"One choice is changed at a time. Each run has {base[0]['iterations']} iterations of 64 episodes, over which"
+        f" the learning rate decays. Seeds: {seeds}. Evaluation: 1,024 fixed instances. This is the early part of"
+        f" learning; over the preset's {PRESET.max_num_iters} iterations the order may be another one.",
         "",
-        "Network: utilisation of the network alone in %, ± the standard error over seeds. Differences are those of runs"
-        " with the same seed, from the row named under 'against', at equal numbers of episodes (decisions differ by"
-        f" {100 * (min(decisions) - 1):+.0f} to {100 * (max(decisions) - 1):+.0f} %). Where time could turn the order"
-        " round, also at equal wall-clock, in brackets the iterations that the other's time allows: a better choice"
-        f" that costs more than {SAME_COST[1]} times as much, a worse one that costs less than {SAME_COST[0]} times as"
-        " much. The error of one difference, of three seeds, is itself uncertain. Pooled over all choices that train"
-        f" otherwise it is {chance(False)}, where the value head is searched {chance(True)}: in brackets what is more"
-        f" than chance at the 5 % level if it is the only one looked at, and if it is picked from all {len(rows)}"
-        " (roughly: most of them share the runs of base).",
+        f"Made by `{results['command']}` at commit {results['commit'][:12]} (runs are kept for commits with the same"
+        f" code), on {results['device']}. Base is `{' '.join(settings)}`. Its learning rate decays to zero on a"
+        " cosine.",
         "",
-        "Filled: containers filled completely, in %. Search: utilisation of the search itself in % while it collected,"
-        " in the last five iterations, noise included (where failed instances come first, on harder ones than"
-        " elsewhere). Learned: share in % of those iterations' decisions that the network learned from, and in brackets"
-        " how often from each: the number of gradient steps does not depend on the share. Cost: time of an iteration"
-        " next to that of the row named under 'against', both going on from their last iteration side by side on one"
-        " core; where none stands, it was not measured and is taken as equal.",
+        "The columns:",
         "",
-        "Three things to know. Q is the value of an action in the search; `value_scale` says how far it moves the"
-        " policy, and where each action is visited once, as by 4 simulations of 4 legal actions, `maxvisit_init` and"
-        " `value_scale` are one factor, `(maxvisit_init + 1) * value_scale`. The value head is searched with more"
-        " simulations and actions than completions, since it costs less to ask: three keys differ. Decisions of earlier"
-        " iterations are learned from as they were chosen then, whatever the network knows by now.",
+        "- **network**: utilisation of the network alone in %, ± the standard error over seeds.",
+        "- **difference**: mean over runs with the same seed, from the row named under 'against', at equal numbers of"
+        f" episodes. (Numbers of decisions differ by {fewest} to {most} %.)",
+        "- **at equal time**: the same where time could turn the order round. That is for a better choice that costs"
+        f" more than {SAME_COST[1]} times as much, and for a worse one that costs less than {SAME_COST[0]} times as"
+        " much. In brackets: the iterations that the other's time allows.",
+        "- **filled**: containers filled completely, in %.",
+        "- **search**: utilisation of the search in % while it collected, noise included, over the last five"
+        " iterations. Where failed instances come first, it plays harder ones than elsewhere.",
+        "- **learned**: share in % of those iterations' decisions that the network learned from. In brackets: how"
+        " often from each. The number of gradient steps does not depend on the share.",
+        "- **cost**: time of an iteration, over that of the row named under 'against'. Both went on from their last"
+        " iteration side by side on one core. An empty cell was not measured and counts as equal.",
+        "",
+        "How sure the differences are: with three seeds, the error of one difference is itself uncertain. Pooled over"
+        " all choices that train otherwise, it is the first of these figures. In brackets is what exceeds chance at"
+        f" the 5 % level: for a difference that is the only one looked at, and for one picked from all {len(rows)}."
+        " (The latter is rough, since most of them share the runs of base.)",
+        "",
+        f"- With completions: {chance(False)}.",
+        f"- With the value head: {chance(True)}.",
+        "",
+        "To know when reading the table:",
+        "",
+        "- Q is the value of an action in the search, and `value_scale` says how far it moves the policy. Where each"
+        " action is visited once, as by 4 simulations of 4 legal actions, `maxvisit_init` and `value_scale` are one"
+        " factor, `(maxvisit_init + 1) * value_scale`.",
+        "- The value head is searched with more simulations and actions than completions, since it costs less to ask."
+        " Three keys differ.",
+        "- Decisions of earlier iterations are learned from as they were chosen then, whatever the network knows by"
+        " now.",
         "",
         "| question | choice | network | against | difference | at equal time | filled | search | learned | cost |",
         "|---|---|---|---|---|---|---|---|---|---|",
