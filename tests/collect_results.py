@@ -349,7 +349,7 @@ def speed_table(benchmark: dict) -> str:
         f"An iteration takes {whole:.1f} s. Timed by themselves, the search's network passes take"
         f" {share(phases['network'])} of it, environment steps {share(phases['environment'])}, the search's trees and"
         f" whatever else collecting does {share(phases['tree_and_rest'])}, and gradient steps"
-        f" {share(phases['gradient_steps'])}. The other {share(unexplained)} appear only when all run together.",
+        f" {share(phases['gradient_steps'])}. The other {share(unexplained)} are not explained by these parts.",
         "",
         f"- The network passes reach {100 * phases['share_of_floor']:.0f} % of the FLOP per second of large matrix"
         " products, one on each device.",
