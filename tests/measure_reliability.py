@@ -1,7 +1,7 @@
 """Injects faults into runs and files, and writes `tests/results/reliability.json`, from which
 `tests/collect_results.py` makes the table of faults.
 
-    python tests/measure_reliability.py            # about 25 minutes on 2 cores
+    python tests/measure_reliability.py            # about 15 minutes on 2 cores
     python tests/measure_reliability.py killed     # some kinds only; the others stay as they are
 
 Each kind is a function that injects its faults for real and returns one outcome for each: None if all was as promised,

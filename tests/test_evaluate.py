@@ -259,6 +259,29 @@ def test_a_checkpoint_is_played_by_the_code_of_its_own_script(search_run, ppo_ru
     assert ours < last_row(ppo_run)["eval/greedy/avg_return"] - 0.05
 
 
+def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has_one(monkeypatch):
+    def checkpoint_of(name: str, searches: bool, **keys) -> evaluate.Checkpoint:
+        script = SimpleNamespace(make_greedy_policy=lambda network, config: f"greedy {name}")
+        if searches:
+            script.make_playing_search = lambda env, network, config, n: f"search {name} {config.leaf_value} {n}"
+        config = search_distill.Config(**keys)
+        return dataclasses.replace(evaluate.without_network(), config=config, script=script, params=name)
+
+    a, b = checkpoint_of("a", True, value_scale=3.0), checkpoint_of("b", True, leaf_value="completion")
+    none = checkpoint_of("none", False)
+    config = evaluate.Config(num_simulations=5)
+    for checkpoint, others, search, scale in (
+        (a, [none, b, a], "search a network 5", 3.0),
+        (none, [none, b, a], "search b completion 5", 1.0),
+        (none, [none, a, b], "search a network 5", 3.0),
+    ):
+        attempts, settings = evaluate.make_attempts("search", checkpoint, others, config)
+        assert attempts == [(f"greedy {checkpoint.params}", checkpoint.params), (search, checkpoint.params)]
+        assert settings["value_scale"] == scale and settings["leaf_value"] in search
+    monkeypatch.setattr(search_distill, "make_playing_search", lambda env, network, config, n: (config.leaf_value, n))
+    assert evaluate.make_attempts("search", none, [none], config)[0][1] == (("completion", 5), "none")
+
+
 def test_a_script_is_needed_only_where_its_code_plays(few_at_a_time, ppo_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.METHODS, "search_distill", "no_such_script")
     rows = run(tmp_path, ppo_run, "policy=greedy,largest_first", "num_episodes=2")["rows"]
