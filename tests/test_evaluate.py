@@ -405,6 +405,7 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(kind, search_
         (["policy=random,best_of_n"], "policy=best_of_n: expected a checkpoint"),
         (["policy=wild"], "expected 'greedy', 'sample', 'search'"),
         (["polic=random"], "did you mean 'policy'"),
+        (["policy="], "policy=: expected a valid tuple"),
         (["policy=random", "num_episodes=1"], "greater than or equal to 2"),
         (["policy=random", "render=a.mp4"], "ends in .gif or .png"),
         (["policy=random", "json=no/where.json"], "folder that exists"),
@@ -422,9 +423,13 @@ def test_a_mistake_gives_one_line_and_status_2_and_writes_nothing(words, expecte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_log_without_evaluations_is_refused(search_run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "more", [{}, {"perf/iteration_seconds": None, "eval/greedy/avg_return": 0.5}, {"eval/greedy/avg_return": "high"}]
+)
+def test_a_log_without_evaluations_is_refused(more, search_run, tmp_path, capsys):
+    """Or one that no run has written."""
     shutil.copy(search_run / "iter_000004.pkl", tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "frames": 10, "hours": 0.1}\n')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 1, "frames": 10, "hours": 0.1} | more) + "\n")
     assert evaluate.main([str(tmp_path), "policy=[]", f"curves={tmp_path / 'curves.png'}"]) == 2
     assert "expected evaluations after the first iteration" in capsys.readouterr().err
 

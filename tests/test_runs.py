@@ -370,6 +370,33 @@ def test_training_goes_on_when_wandb_fails(search_run, tmp_path, monkeypatch, ca
     assert [path.name for path in evaluate.find_checkpoints(run_dir)] == ["iter_000003.pkl", "iter_000004.pkl"]
 
 
+def test_the_lock_is_given_back_after_wandb_has_finished(tmp_path, monkeypatch, config):
+    class Locked:
+        def finish(self):
+            with pytest.raises(evaluate.UsageError, match=f"process {os.getpid()} of .* is at work there"):
+                evaluate.lock_folder(run.path)
+            finished.append(True)
+
+    finished = []
+    monkeypatch.setattr(script, "start_wandb", lambda *_: Locked())
+    run = script.Run(config.model_copy(update=dict(save_dir=str(tmp_path))))
+    run.take()
+    run.start_log(script.Progress())
+    run.close()
+    assert finished == [True]
+    evaluate.lock_folder(run.path).close()
+
+
+def test_a_run_that_cannot_speak_leaves_nothing_in_the_way(tmp_path, monkeypatch, capsys):
+    def refuse(*words, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "print", refuse, raising=False)
+    assert script.main(override(f"save_dir={tmp_path}")) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 28] No space left on device; type resume=auto")
+    assert [path.name for path in tmp_path.glob("*/*/*/*")] in ([], [".lock"])
+
+
 def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, capsys):
     def refuse(*arguments, **more):
         raise RuntimeError("no service")
