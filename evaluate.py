@@ -14,10 +14,11 @@ The training scripts import from here what both need: command line, checkpoint f
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import difflib
-import fcntl
+import errno
 import functools
 import hashlib
 import importlib
@@ -29,8 +30,10 @@ import pickle
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -38,7 +41,8 @@ from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +52,11 @@ from jax.experimental import multihost_utils
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None
+
 if TYPE_CHECKING:
     from jumanji.environments import BinPack
     from jumanji.environments.packing.bin_pack.types import Observation, State
@@ -55,9 +64,27 @@ if TYPE_CHECKING:
 METHODS = {"search_distill": "train_search_distill_binpack", "ppo": "train_ppo_binpack"}  # The script of each method.
 DEVICES = "devices"  # The axis that pmap maps over all devices.
 CACHE_DIR = "~/.cache/search-distill-binpack"
+
+
+def no_address(path: str) -> str:
+    """The same path. Raises `ValueError` for the address of something that is not on this machine."""
+    if re.match(r"[\w.@+-]{2,}:/", path):
+        raise ValueError("expected a path of this machine, not an address; mount it, or save here and copy it there")
+    return path
+
+
+def with_home(path: str) -> str:
+    """The path with the home folder in the place of `~`. Raises `ValueError` where none is known."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError("expected a path, and no home folder is known for this ~; type the whole path")
+    return expanded
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+LocalPath = Annotated[str, AfterValidator(no_address)]
+UserPath = Annotated[LocalPath, AfterValidator(with_home)]
+Folder = Annotated[UserPath, Field(min_length=1)]
 Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -169,29 +196,106 @@ def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, str]) 
     return "\n".join(lines + [f"  {name:6} {words or 'the defaults above'}" for name, words in presets.items()])
 
 
+class Output:
+    """Takes the place of `sys.stdout` or `sys.stderr` for a while. Nothing that is written can end a run: a reader may
+    go away, a disk be full, an encoding lack a character. `error` is the first error that its reader did not want."""
+
+    def __init__(self, name: str):
+        self.name, self.stream, self.error = name, getattr(sys, name), None
+        if self.stream is None or getattr(self.stream, "closed", False):
+            while (descriptor := os.open(os.devnull, os.O_WRONLY)) < 3:
+                pass  # Else a file of the run would take the number of a closed stream.
+            self.stream = open(descriptor, "w")
+
+    def __enter__(self) -> Self:
+        self._before = getattr(sys, self.name)
+        setattr(sys, self.name, self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._try(self.stream.flush, last=True)
+        setattr(sys, self.name, self._before)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._try(lambda: self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
+        if "\n" in text:  # A log in a file is read while the run goes on.
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[[], Any], last: bool = False) -> None:
+        try:
+            call()
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed.
+            is_full = isinstance(error, BlockingIOError)  # A terminal or pipe, for the moment.
+            if isinstance(error, OSError) and not is_full and error.errno not in (errno.EPIPE, errno.EIO):
+                self.error = self.error or error
+            if last or not is_full:  # What is left in its buffer goes nowhere, or Python would fail at its end.
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def exit_status(command: Callable[[], int | None], smaller: str, after_file_error: str) -> int:
     """What `command` returns, or 2 with one line on standard error for a user's mistake or a lack of memory or room.
     One of several processes ends at once where the others do not know of it: an orderly exit would wait for them."""
     status, told = 2, False
-    try:
-        return command() or 0
-    except UsageError as error:
-        line, told = str(error), not isinstance(error, CannotWrite)
-    except OSError as error:  # Standard output, mostly.
-        line = f"{error}; {after_file_error}"
-    except Exception as error:
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
-        line = f"a device has not enough memory; type a smaller {smaller}"
-        if not (of_jax and "RESOURCE_EXHAUSTED" in str(error)):
-            if not jax.distributed.is_initialized():
-                raise
-            reason = str(error).split("\n")[0] if of_jax else traceback.format_exc()
-            line, status = f"a process of this run ended ({reason}); start all again with resume=auto", 1
-    if line:  # The first of several processes speaks for all.
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    with Output("stdout"), Output("stderr"), usual_numbers():
+        try:
+            return command() or 0
+        except UsageError as error:
+            line, told = str(error), not isinstance(error, CannotWrite)
+        except OSError as error:
+            line = f"{error}; {after_file_error}"
+        except Exception as error:
+            of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+            line = f"a device has not enough memory; type a smaller {smaller}"
+            if not (of_jax and "RESOURCE_EXHAUSTED" in str(error)):
+                if not jax.distributed.is_initialized():
+                    raise
+                reason = str(error).split("\n")[0] if of_jax else traceback.format_exc()
+                line, status = f"a process of this run ended ({reason}); start all again with resume=auto", 1
+        if line:  # The first of several processes speaks for all.
+            print(f"error: {line}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized() and not told:
         os._exit(status)
     return status
+
+
+class StopRequest:
+    """Asks a run to stop after its iteration: Ctrl-C, SIGTERM, a closed terminal (SIGHUP), and what batch systems send
+    before they kill (SIGUSR1, SIGUSR2, SIGXCPU). A second Ctrl-C or SIGTERM ends the process at once. What is ignored
+    already, as under nohup, stays so. Outside of the main thread Python hears no signal."""
+
+    def __init__(self):
+        self.made, self._handlers = False, {}
+
+    def __enter__(self) -> Self:
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            number = getattr(signal, name, None)  # Windows has three of them.
+            if number and threading.current_thread() is threading.main_thread():
+                before = signal.getsignal(number) or signal.SIG_DFL
+                if before != signal.SIG_IGN or number == signal.SIGINT:  # A shell's background job ignores SIGINT.
+                    self._handlers[number] = before
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, before in self._handlers.items():
+            signal.signal(number, before)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.made = True
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # print may not be re-entered.
+            os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")
 
 
 # ================================================== Checkpoint files ==================================================
@@ -287,15 +391,27 @@ def write_checkpoint(path: Path, contents: dict) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data + DIGEST + hashlib.sha256(data).digest())
-            file.flush()
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder has reached the disk. Some network mounts refuse it, and Windows for folders."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        refused = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF)
+        if error.errno not in refused:
+            raise
 
 
 def read_checkpoint(path: str | Path, method: str | None = None, env_id: str | None = None) -> dict:
@@ -358,6 +474,8 @@ def lock_folder(folder: Path) -> Any:
     does. Raises `UsageError` if another process holds the lock."""
     file = open(folder / ".lock", "a+", errors="replace")
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no flock on this system")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
@@ -393,6 +511,12 @@ def check_fit(template: Any, saved: Any, hint: str) -> None:
         raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
 
 
+def sweep_trial() -> str:
+    """Folders of a trial in the folders of a run, empty outside of a sweep: a W&B agent names sweep and trial."""
+    sweep, trial = (os.environ.get(name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
+    return f"sweep_{sweep}/trial_{trial}" if sweep and trial else ""
+
+
 def library_versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "dm-haiku", "optax", "mctx", "jumanji", "numpy")
     return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in names}
@@ -407,13 +531,62 @@ def read_log(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("iteration"), int)]
 
 
-# =============================================== Devices and processes ================================================
-def use_cpu_cores(*batch_sizes: int) -> None:
-    """Without an accelerator, makes each core a device, as far as the batches divide and leave it 16 rows: operations
-    this small run faster side by side than split. To be called before JAX starts; a number set for JAX wins."""
+# =========================================== JAX: numbers, devices, processes =========================================
+# Settings of JAX under which nothing here runs, and how they usually stand.
+CANNOT_WORK = dict(jax_disable_jit=False, jax_no_execution=False, jax_error_checking_behavior_nan="ignore",
+                   jax_error_checking_behavior_divide="ignore", jax_error_checking_behavior_oob="ignore")  # fmt: skip
+
+
+@contextlib.contextmanager
+def importing_jumanji():
+    """Keeps two things from an import of Jumanji, which imports matplotlib: a backend that is not installed, whose name
+    programs started from a notebook inherit, and in a notebook the switch to a package for plots (ipympl) that is not
+    among the requirements. Jumanji also starts JAX's devices, so it is not imported at the top."""
+    with mock.patch.dict(os.environ), mock.patch.dict(vars(builtins), {"__IPYTHON__": False}):
+        if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+            import matplotlib
+
+            with contextlib.suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+        yield
+
+
+@contextlib.contextmanager
+def usual_numbers():
+    """JAX's random generator and number types as they are by default, in the place of what the environment or a
+    notebook has set: the same keys make the same instances everywhere. A context, or a function's decorator."""
+    settings = dict(default_prng_impl="threefry2x32", threefry_partitionable=True, enable_custom_prng=False,
+                    legacy_prng_key="allow", enable_x64=False, numpy_dtype_promotion="standard",
+                    numpy_rank_promotion="allow", transfer_guard="allow")  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(getattr(jax, name)(value))
+        yield
+
+
+def seed_key(seed: int) -> np.ndarray:
+    """The key of a seed, uint32 [2]: that of `jax.random.PRNGKey`, which may also add `jax_random_seed_offset`."""
+    return np.array([0, seed], np.uint32)
+
+
+def start_jax(*batch_sizes: int) -> None:
+    """Starts JAX. Without an accelerator each core is a device, as far as the batches divide and leave it 16 rows:
+    operations this small run faster side by side than split. A number set for JAX wins. Raises `UsageError`."""
+    for name, usual in CANNOT_WORK.items():
+        if (found := getattr(jax.config, name)) != usual:
+            what = f"{name.upper()}={found}: expected {usual}, since nothing here runs without compiled programs"
+            raise UsageError(f"{what}; type unset {name.upper()}")
     flags = os.environ.get("XLA_FLAGS", "")
-    if jax.config.jax_num_cpu_devices >= 0 or "device_count" in flags:
-        return
+    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in flags:
+        use_cpu_cores(batch_sizes, flags)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        what = f"expected devices that JAX can start, got JAX_PLATFORMS={jax.config.jax_platforms}"
+        raise UsageError(f"{what} ({str(error).split(chr(10))[0] or 'none here'}); type JAX_PLATFORMS=cpu") from None
+
+
+def use_cpu_cores(batch_sizes: tuple, flags: str) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = [n for n in range(1, cores + 1) if not any(size % n or size < 16 * n for size in batch_sizes)]
     # XLA ends a process whose devices wait for one another for more than a minute; ours may, over a long iteration.
@@ -425,9 +598,10 @@ def use_cpu_cores(*batch_sizes: int) -> None:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in a folder (empty: does not); JAX's own variable wins."""
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    """Keeps compiled programs in a folder (empty: does not); JAX's own setting wins."""
+    folder = os.path.expanduser(folder)  # Without a home it still begins with ~.
+    if folder and not folder.startswith("~") and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def device_slice(x: jax.Array) -> jax.Array:
@@ -486,10 +660,11 @@ class Episodes(NamedTuple):
     solved: np.ndarray  # bool, every item packed
 
 
+@usual_numbers()
 def evaluation_keys(seed: int, num_episodes: int) -> np.ndarray:
-    """One key for each instance, uint32 [N, 2]: the i-th is fixed by the seed and i alone."""
-    key = jax.random.PRNGKey(seed)
-    return np.asarray(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(num_episodes)))
+    """One key of threefry2x32 for each instance, uint32 [N, 2]: the i-th is fixed by the seed and i alone."""
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return np.asarray(fold_in(seed_key(seed), np.arange(num_episodes)))
 
 
 def instances_at_a_time() -> int:
@@ -510,6 +685,7 @@ def make_player(rollout: Callable) -> Callable[[Any, np.ndarray], Episodes]:
     play_chunk = jax.pmap(play_chunk, axis_name=DEVICES, in_axes=(0, None, 0))
     each_device = np.arange(jax.local_device_count())  # Something to map where a policy has no parameters.
 
+    @usual_numbers()
     def play(params: Any, keys: np.ndarray, advance: Callable[[int], Any] = lambda count: None) -> Episodes:
         played = []
         for chunk in np.resize(keys, (-(-len(keys) // size), size, 2)):  # Repeats fill the last chunk.
@@ -560,6 +736,9 @@ class Checkpoint:
     env: BinPack = dataclasses.field(repr=False)  # equal to Jumanji's BinPack-v2
     network: Any = dataclasses.field(repr=False)  # Haiku functions
 
+    def __reduce__(self) -> tuple:
+        return load_checkpoint, (self.path,)  # How another process gets it, as from Ray or multiprocessing.
+
     @functools.cached_property
     def _apply(self) -> Callable:
         return jax.jit(lambda params, observation: self.network.apply(params, None, observation))
@@ -568,19 +747,42 @@ class Checkpoint:
     def _play(self) -> Callable:
         return make_state_player(self, self.script.make_greedy_policy(self.network, self.config))
 
+    @functools.cached_property
+    def _observation(self) -> Observation:
+        return jax.eval_shape(self.env.reset, jax.ShapeDtypeStruct((2,), np.uint32))[1].observation
+
+    @usual_numbers()
     def apply(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
         """Observation with leading dimensions [...] -> logits of the flat actions [..., A], very negative where
-        illegal, and value [...], the volume that the network expects still to be packed."""
-        return self._apply(self.params, observation)
+        illegal, and value [...], the volume that the network expects still to be packed. May be transformed by JAX.
+        Raises `UsageError` for an observation of another size or in other units than BinPack-v2's."""
+        return self._apply(self.params, as_expected(observation, self._observation))
 
-    def act(self, observation: Observation) -> np.ndarray:
+    @usual_numbers()
+    def act(self, observation: Observation) -> jax.Array:
         """The most probable action as `env.step` takes it: int32 [..., 2], number of the space and of the item."""
-        action = np.asarray(self.apply(observation)[0]).argmax(-1)
-        return np.stack(np.divmod(action, observation.items_mask.shape[-1]), -1).astype(np.int32)
+        action = self.apply(observation)[0].argmax(-1).astype(jnp.int32)
+        return jnp.stack(jnp.divmod(action, observation.items_mask.shape[-1]), -1)
 
+    @usual_numbers()
     def play(self, seed: int) -> list[State]:
         """The states of one greedy episode, first to last, as `env.animate` takes them."""
-        return self._play(self.params, jax.random.PRNGKey(seed))
+        return self._play(self.params, seed_key(seed))
+
+
+def as_expected(observation: Any, expected: Observation) -> Observation:
+    """The observation in the expected types. Raises `UsageError` if it has other shapes or lengths in millimetres."""
+    if jax.tree.structure(observation) != jax.tree.structure(expected):
+        what = f"expected an observation of Jumanji's BinPack, got {type(observation).__name__}"
+        raise UsageError(f"{what}; give timestep.observation")
+    size = observation.items_mask.shape[:-1]
+    for (path, wanted), x in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(observation)):
+        kind = bool if wanted.dtype == bool else np.floating  # Lengths in millimetres are whole numbers.
+        if np.shape(x) != size + wanted.shape or not jnp.issubdtype(x.dtype, kind):
+            found = f"{x.dtype}{list(np.shape(x))}; give one of BinPack-v2, with lengths as shares of the container"
+            what = f"expected {wanted.dtype}{[*size, *wanted.shape]} as observation{jax.tree_util.keystr(path)}"
+            raise UsageError(f"{what}, got {found}")
+    return jax.tree.map(lambda x, wanted: jnp.asarray(x, wanted.dtype), observation, expected)
 
 
 def import_script(method: str) -> ModuleType:
@@ -596,10 +798,14 @@ def without_network() -> Checkpoint:
     return Checkpoint(Path(), "", 0, 0, None, {}, script, script.make_env(), None)
 
 
+@usual_numbers()
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads an iter_*.pkl of either method, or the newest one in a run's folder. Raises `UsageError`; a file that holds
     anything but numpy arrays and plain containers is refused before any of it runs."""
-    path = Path(os.path.expanduser(path))
+    try:
+        path = Path(with_home(no_address(str(path))))
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
     if path.is_dir():
         found = find_checkpoints(path)
         if not found:
@@ -635,7 +841,8 @@ def make_sample_policy(checkpoint: Checkpoint) -> Policy:
     def act(numbered, key, state, observation, memory):
         params, number = numbered
         logits, _ = predict(params, observation)
-        return jax.random.categorical(jax.random.fold_in(key, number), logits).astype(jnp.int32), None, memory
+        action = jax.random.categorical(jax.random.fold_in(key, number), logits, mode="low")
+        return action.astype(jnp.int32), None, memory
 
     return Policy(act)
 
@@ -645,7 +852,7 @@ def make_random_policy(checkpoint: Checkpoint) -> Policy:
 
     def act(params, key, state, observation, memory):
         logits = jnp.where(observation.action_mask.reshape(-1), 0.0, -1e9)
-        return jax.random.categorical(key, logits).astype(jnp.int32), None, memory
+        return jax.random.categorical(key, logits, mode="low").astype(jnp.int32), None, memory
 
     return Policy(act)
 
@@ -842,13 +1049,14 @@ def back_to_front(items: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> li
 
 def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
     """Episodes on the same instance side by side, with their titles: a .gif of all steps or a .png of the last ones."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation
+    from matplotlib.figure import Figure  # Without pyplot, which needs a backend and the main thread.
 
     look = dict(projection="3d", proj_type="ortho", computed_zorder=False)
-    shape = dict(figsize=(5.5 * len(episodes), 4.2), layout="constrained", squeeze=False)
-    figure, axes = plt.subplots(1, len(episodes), subplot_kw=look, **shape)
-    colours = plt.get_cmap("tab20").colors
+    figure = Figure(figsize=(5.5 * len(episodes), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(episodes), subplot_kw=look, squeeze=False)
+    colours = colormaps["tab20"].colors
 
     def draw(t: int) -> None:
         for ax, (title, states) in zip(axes[0], episodes):
@@ -862,7 +1070,11 @@ def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
             ax.set(xlim=(box.x1, box.x2), ylim=(box.y1, box.y2), zlim=(box.z1, box.z2), xticks=[], yticks=[], zticks=[])
             ax.set_box_aspect((box.x2 - box.x1, box.y2 - box.y1, box.z2 - box.z1), zoom=0.95)
             placed, items = int(state.items_placed.sum()), int(state.items_mask.sum())
-            ax.set_title(f"{title}\n{utilisation(state):.1%} of the volume, {placed} of {items} items", fontsize=9)
+            ax.set_title(
+                f"{title}\n{utilisation(state):.1%} of the volume, {placed} of {items} items",
+                fontsize=9,
+                parse_math=False,
+            )
 
     length = max(len(states) for _, states in episodes)
     if path.endswith(".png"):
@@ -871,7 +1083,6 @@ def draw_episodes(path: str, episodes: list[tuple[str, list[State]]]) -> None:
     else:
         frames = [*range(length), *[length - 1] * 4]  # The result stays for a moment.
         FuncAnimation(figure, draw, frames=frames, interval=400).save(path, writer="pillow", dpi=80)
-    plt.close(figure)
 
 
 def read_curve(run_dir: Path) -> np.ndarray:
@@ -891,10 +1102,11 @@ def read_curve(run_dir: Path) -> np.ndarray:
 def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
     """Greedy utilisation against decisions and against hours: for each group of runs their mean, with a band from the
     lowest to the highest."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for ax, column, label in zip(axes, (0, 1), ("decisions", "hours of collecting and learning")):
         for name, curves in groups.items():
             grid = np.unique(np.concatenate([curve[:, column] for curve in curves]))
@@ -908,15 +1120,16 @@ def draw_curves(path: str, groups: dict[str, list[np.ndarray]]) -> None:
     axes[0].set(ylabel="utilisation, network alone", xscale="log")
     axes[0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:,.0f}"))
     axes[0].xaxis.set(minor_formatter=NullFormatter())
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # A folder may have dollars in its name.
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # ======================================================== Main ========================================================
 def distinct_names(paths: list[Path], parts: int) -> list[str]:
     """The last parts of each path, as many as tell the paths apart."""
-    names = ["/".join(path.parts[-parts:]) for path in paths]
+    names = ["/".join(path.parts[-parts:]).encode(errors="backslashreplace").decode() for path in paths]
     told_apart = len(set(names)) == len(set(paths)) or all(parts >= len(path.parts) for path in paths)
     return names if told_apart else distinct_names(paths, parts + 1)
 
@@ -934,7 +1147,7 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
         )
     if config.render and not config.policy:
         raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
-    use_cpu_cores(config.num_episodes)
+    start_jax(config.num_episodes)
     use_compilation_cache(CACHE_DIR)
     checkpoints = [load_checkpoint(path) for path in paths]
     run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
@@ -974,27 +1187,32 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
         labels = zip(parents, distinct_names(parents, 1))
         groups = {label: [curves[d] for d in run_dirs if d.parent == parent] for parent, label in labels}
         draw_curves(config.curves, groups)
+    if error := getattr(sys.stdout, "error", None):
+        raise error  # The table is lost, though not the files.
 
 
 def commit() -> str:
     """The commit of this checkout, marked if it was changed; empty outside of one."""
-    command = "git describe --always --dirty --abbrev=40 --exclude='*'"
-    run = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return run.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):  # Where there is no git.
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def main(argv: list[str]) -> int:
     """The command line: 0, or 2 with one line for a user's mistake."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text(__doc__, Config, {}))
-        return 0
-    paths: list[str] = []
-    run = lambda: evaluate(argv, paths, parse_command_line(argv, Config, {}, paths)[0])
-    return exit_status(run, smaller="num_simulations or n", after_file_error="make room, or give another file")
+
+    def command() -> None:
+        paths: list[str] = []
+        if {"-h", "--help"} & set(argv):
+            print(help_text(__doc__, Config, {}))
+        else:
+            evaluate(argv, paths, parse_command_line(argv, Config, {}, paths)[0])
+
+    return exit_status(command, smaller="num_simulations or n", after_file_error="make room, or give another file")
 
 
 if __name__ == "__main__":
     import evaluate as module  # As the training scripts import it, so that its classes exist once.
 
-    os.environ.setdefault("MPLBACKEND", "Agg")  # Pictures go to files.
     sys.exit(module.main(sys.argv[1:]))

@@ -21,7 +21,6 @@ Command line, checkpoint files, devices, playing and scoring live in `evaluate.p
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dataclasses
 import functools
@@ -30,13 +29,13 @@ import json
 import math
 import os
 import re
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
-from unittest import mock
 
 import haiku as hk
 import jax
@@ -107,7 +106,7 @@ class Config(ev.FrozenModel):
     resume: ev.UserPath = Field("", description="'auto' (this run's newest checkpoint, if any) or a checkpoint's path")
     overwrite: bool = Field(False, description="delete this run's earlier checkpoints and log, and start again")
     wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
-    compilation_cache_dir: str = Field(ev.CACHE_DIR, description="folder for compiled programs (empty: no cache)")
+    compilation_cache_dir: ev.LocalPath = Field(ev.CACHE_DIR, description="folder for compiled programs (empty: none)")
     # Several processes. The last three are found under Slurm, Open MPI and Kubernetes and on TPU pods.
     distributed: bool = Field(False, description="this process is one of several that make one run together")
     coordinator_address: str = Field("", description="host:port of process 0, elsewhere")
@@ -115,7 +114,7 @@ class Config(ev.FrozenModel):
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
     def run_dir(self) -> Path:
-        return Path(self.save_dir) / self.env_id / METHOD / f"seed_{self.seed}"
+        return Path(self.save_dir) / self.env_id / METHOD / ev.sweep_trial() / f"seed_{self.seed}"
 
     def is_due(self, iteration: int, interval: int) -> bool:
         """Whether a task of every `interval` iterations, and of the last one, is due. interval=0: of the last alone."""
@@ -155,12 +154,12 @@ PRESETS = {  # As one would type them.
 # ================================ Environment (twin section: the same in both scripts) ================================
 def make_env() -> BinPack:
     """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
-    # Imported here and not at the top: Jumanji creates arrays when it is imported, which starts JAX's devices. In a
-    # notebook it would also switch the drawing of plots to a package that is not among its requirements (ipympl).
-    with mock.patch.dict(vars(builtins), {"__IPYTHON__": False}):
+    with ev.importing_jumanji():
         from jumanji.environments import BinPack
 
     class FastBinPack(BinPack):
+        reset, step = ev.usual_numbers()(BinPack.reset), ev.usual_numbers()(BinPack.step)
+
         def _update_ems(self, state: State, item_id: jax.Array) -> State:
             state.ems, state.ems_mask = update_ems(state, item_id)
             return state
@@ -715,7 +714,7 @@ def init_train_state(env: BinPack, network: hk.Transformed, config: Config) -> T
         opt_state = optax.ApplyIfFiniteState(jnp.int32(0), jnp.array(True), jnp.int32(0), adam)
         return TrainState(params, opt_state, key, jnp.int32(0))
 
-    return init(jax.random.PRNGKey(config.seed))
+    return init(ev.seed_key(config.seed))
 
 
 def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
@@ -833,7 +832,7 @@ class Progress:
     iteration: int = 0
     frames: int = 0  # decisions played to learn from
     seconds: float = 0.0  # wall-clock
-    wandb_id: str = dataclasses.field(default_factory=lambda: os.urandom(4).hex())
+    wandb_id: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
 
 
 class Run:
@@ -889,7 +888,8 @@ class Run:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(temporary, self.log)
             self._file = open(self.log, "a", buffering=1)
-        self._wandb = self._try_wandb("did not start", lambda: start_wandb(self.config, self.path, progress.wandb_id))
+        start = lambda: start_wandb(self.config, self.path, progress.wandb_id, rows)
+        self._wandb = self._try_wandb("did not start", start)
         self._bar = tqdm.tqdm(total=self.config.max_num_iters, initial=progress.iteration, unit="it", disable=None)
 
     def _try_wandb(self, what: str, call: Callable[[], Any]) -> Any:
@@ -933,7 +933,7 @@ class Run:
         path, keep = self.checkpoint(contents["iteration"]), self.config.keep_checkpoints
         contents |= dict(config=self.config.model_dump(mode="json"), versions=ev.library_versions())
         with ev.file_errors(path):
-            os.fsync(self._file.fileno())  # The rows reach the disk before the checkpoint that continues after them.
+            ev.sync(self.log)  # The rows reach the disk before the checkpoint that continues after them.
             ev.write_checkpoint(path, contents | {"format_version": ev.FORMAT_VERSION})
             found = ev.find_checkpoints(self.path)
             for older in found[: found.index(path) + 1][: -keep or 0]:
@@ -949,8 +949,10 @@ class Run:
                 file.close()
 
 
-def start_wandb(config: Config, run_dir: Path, run_id: str):
-    """A W&B run, online if the user has set it up and offline if not; the user's WANDB_* settings win."""
+def start_wandb(config: Config, run_dir: Path, run_id: str, rows: list[dict]) -> SimpleNamespace:
+    """A W&B run, online if the user has set it up and offline if not, which gets each iteration once; `rows` are those
+    of an earlier part of the run. The user's WANDB_* settings win. A W&B run that the surrounding program has open, as
+    a sweep's function may, is used and stays open."""
     settings = dict(
         WANDB_PROJECT=("project", config.wandb_project),
         WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
@@ -962,33 +964,35 @@ def start_wandb(config: Config, run_dir: Path, run_id: str):
     )
     arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
     arguments["config"] = config.model_dump() | {"method": METHOD}
+    if run := wandb.run:
+        print(f"W&B: logged to {run.name}, a run that is open already")
+        run.config.update(arguments["config"], allow_val_change=True)
+        return SimpleNamespace(log=run.log, finish=lambda: None)
+    if os.path.expanduser("~") == "~":  # W&B wants a home.
+        os.environ["HOME"] = str(run_dir / "wandb")
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
         arguments["mode"] = "offline"
     try:
         run = wandb.init(**arguments)
     except wandb.errors.CommError as error:
-        print(f"W&B cannot be reached ({str(error).splitlines()[0]}): offline, and `wandb sync` uploads it later")
+        print(f"W&B cannot be reached ({str(error).splitlines()[0]}): offline; wandb sync {run_dir}/wandb uploads it")
         run = wandb.init(**arguments | {"mode": "offline"})
     for axis in ("iteration", "frames", "hours"):
         run.define_metric(axis)
     run.define_metric("*", step_metric="iteration")
-    return run
+    # Of several offline runs with one id the last upload erases the others: the newest gets all rows and stays alone.
+    for folder in Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"):
+        if folder != Path(run.dir).parent:
+            shutil.rmtree(folder, ignore_errors=True)
+    first = run.step  # Online, W&B knows which comes next.
 
+    def log(row: dict[str, float]) -> None:
+        if row["iteration"] >= first:
+            run.log(row, step=row["iteration"], commit=True)
 
-class StopRequest:
-    """Ctrl-C or SIGTERM: the first asks to stop after the iteration, the second ends the process at once."""
-
-    def __init__(self):
-        self.made = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.made = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # print may not be re-entered.
-            os.write(2, b"\nStopping after this iteration; once more to leave at once.\n")
+    for row in rows:
+        log(row)
+    return SimpleNamespace(log=log, finish=run.finish)
 
 
 def join_processes(config: Config) -> None:
@@ -1018,7 +1022,7 @@ def start_devices(config: Config) -> None:
     if config.distributed:
         join_processes(config)
     else:
-        ev.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
+        ev.start_jax(config.rollout_batch_size, config.training_batch_size)
     num_devices = jax.device_count()
     for key in ("rollout_batch_size", "training_batch_size"):
         value = getattr(config, key)
@@ -1049,7 +1053,7 @@ def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     return TrainState(checkpoint["model"][0], opt_state, fresh.key, jnp.int32(checkpoint["iteration"]))
 
 
-def train_to_the_end(config: Config, state: TrainState, progress: Progress, run: Run, stop: StopRequest) -> None:
+def train_to_the_end(config: Config, state: TrainState, progress: Progress, run: Run, stop: ev.StopRequest) -> None:
     """Trains, evaluates, logs and saves until the last iteration or a request to stop."""
     env, network = make_env(), make_network(config)
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
@@ -1111,11 +1115,13 @@ def train_to_the_end(config: Config, state: TrainState, progress: Progress, run:
 def train(config: Config, preset: str) -> int:
     """Runs or resumes a training run; returns the exit status."""
     start_devices(config)
-    stop, progress = StopRequest(), Progress()
+    progress = Progress()
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # The first process speaks, and writes, for all.
-    with contextlib.closing(Run(config)) as run:
+    with ev.StopRequest() as stop, contextlib.closing(Run(config)) as run:
         checkpoint = ev.on_first_process(run.checkpoint_to_resume)
+        if config.resume and not checkpoint:
+            print(f"resume=auto: no checkpoint in {run.path}; the run starts afresh")
         state = init_train_state(make_env(), make_network(config), config)
         if checkpoint:
             state = restore(config, state, checkpoint)
@@ -1137,14 +1143,15 @@ def train(config: Config, preset: str) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line: 0 for a finished or cleanly stopped run, 2 with one line for a user's mistake."""
-    if {"-h", "--help"} & set(argv):
-        print(ev.help_text(__doc__, Config, PRESETS))
-        return 0
-    run = lambda: train(*ev.parse_command_line(argv, Config, PRESETS))
-    return ev.exit_status(run, "rollout_batch_size", "type resume=auto to continue from the last checkpoint")
+
+    def command() -> int:
+        if {"-h", "--help"} & set(argv):
+            print(ev.help_text(__doc__, Config, PRESETS))
+            return 0
+        return train(*ev.parse_command_line(argv, Config, PRESETS))
+
+    return ev.exit_status(command, "rollout_batch_size", "type resume=auto to continue from the last checkpoint")
 
 
 if __name__ == "__main__":
-    # A log in a file is read while the run goes on; a path may have characters that the terminal lacks.
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,8 @@ those of PPO with as many decisions as search distillation from three runs (SEED
     python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
     python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
 
-the table of speeds from tests/benchmarks/throughput.py, and that of faults from tests/measure_reliability.py.
+the table of speeds from tests/benchmarks/throughput.py, that of faults from tests/measure_reliability.py, and that of
+situations from tests/measure_situations.py.
 """
 
 import json
@@ -47,6 +48,7 @@ import evaluate  # noqa: E402
 TABLES = {
     "README.md": ("results",),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
+    "tests/results/situations.md": ("situations",),
     "tests/benchmarks/README.md": ("speed",),
 }
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
@@ -56,6 +58,7 @@ FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
 EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
+SITUATIONS = ROOT / "tests" / "results" / "situations.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
 CHECKPOINTS = ROOT / "checkpoints"
 FLOOR_LABELS = {
@@ -380,6 +383,20 @@ def reliability_table(found: dict) -> str:
     return "\n".join([*lines, "", made])
 
 
+def situations_table(found: dict) -> str:
+    rows = found["rows"]
+    failed = sum(row["failed_before"] for row in rows)
+    lines = [
+        f"Tried: {len(rows)} situations. {failed} of them failed at commit {found['commit'][:12]}; all work now.",
+        "",
+    ]
+    lines += ["| kind | situation | outcome | before |", "|---|---|---|---|"]
+    for row in rows:
+        situation = row["situation"].replace("|", "\\|")
+        lines.append(f"| {row['kind']} | {situation} | {row['outcome']} | {'failed' if row['failed_before'] else ''} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
@@ -390,6 +407,7 @@ def tables() -> dict[str, str]:
         comparison=comparison_table(results, read(EQUAL_DECISIONS)),
         checkpoints=checkpoints_table(results, read(SHIPPED), read(FRESH)),
         reliability=reliability_table(read(RELIABILITY)),
+        situations=situations_table(read(SITUATIONS)),
         speed=speed_table(benchmark),
     )
 

@@ -1,11 +1,9 @@
 """Fixtures for all tests. JAX sees one CPU device, here and in the processes that tests start."""
 
-import contextlib
 import fcntl
 import functools
 import gc
 import os
-import signal
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -20,6 +18,7 @@ if metadata.version("jaxlib") < "0.11":  # Each of two workers has a core.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"binpack-tests-cache-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # Lowering writes less.
+os.environ.pop("PYTHONUNBUFFERED", None)  # Without a buffer, output fails in other ways than for most users.
 os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
 
 import jax
@@ -126,21 +125,6 @@ def ppo_words():
     return lambda *words: [x for x in override(*words) if x in words or x.split("=")[0] not in NOT_OF_PPO]
 
 
-@contextlib.contextmanager
-def signals_given_back():
-    """A run takes the signals for itself."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    with signals_given_back():
-        yield
-
-
 def run_once(tmp_path_factory, main, words: list[str]) -> Path:
     """The folder of a finished run, made by the first worker that asks for it; the others wait."""
     folder = tmp_path_factory.getbasetemp()
@@ -148,8 +132,7 @@ def run_once(tmp_path_factory, main, words: list[str]) -> Path:
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            with signals_given_back():
-                assert main([*words, "overwrite=true", f"save_dir={folder}.new"]) == 0
+            assert main([*words, "overwrite=true", f"save_dir={folder}.new"]) == 0
             os.rename(f"{folder}.new", folder)
     return folder
 

@@ -57,7 +57,7 @@ def folder_of(save_dir: Path) -> Path:
 def run_here(save_dir: Path, *words: str) -> tuple[int, str, str]:
     """A run in this process: exit status, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out), conftest.signals_given_back():
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         status = script.main(conftest.override(*words, f"save_dir={save_dir}"))
     return status, out.getvalue(), err.getvalue()
 

@@ -57,7 +57,7 @@ def test_search_distillation_on_four_devices(search_run, tmp_path):
 
 
 def test_cpu_cores_are_devices_as_far_as_the_batches_divide():
-    code = "import evaluate, jax; evaluate.use_cpu_cores(%s); print(jax.device_count())"
+    code = "import evaluate, jax; evaluate.start_jax(%s); print(jax.device_count())"
     environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     cores = len(os.sched_getaffinity(0))
     for batches, most in (("64, 256", 4), ("64, 34", 2), ("1024, 17", 1)):  # 16 rows or more for each.

@@ -306,7 +306,7 @@ sys.path.insert(0, {root!r})
 import evaluate, jax, train_search_distill_binpack as script
 evaluate.use_compilation_cache(sys.argv[1])
 config, _ = evaluate.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
-evaluate.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
+evaluate.start_jax(config.rollout_batch_size, config.training_batch_size)
 env, network = script.make_env(), script.make_network(config)
 start = time.perf_counter()
 state = evaluate.replicate(script.init_train_state(env, network, config))
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         config, _ = evaluate.parse_command_line(argv, Config, script.PRESETS)
-        evaluate.use_cpu_cores(config.rollout_batch_size, config.training_batch_size)
+        evaluate.start_jax(config.rollout_batch_size, config.training_batch_size)
         if config.out and not Path(config.out).parent.is_dir():
             raise evaluate.UsageError(f"out={config.out}: expected a file in a folder that exists; type out=speed.json")
         for key in ("rollout_batch_size", "training_batch_size"):
