@@ -28,7 +28,7 @@ FEW = "max_num_iters=1 eval_batch_size=2 eval_num_simulations=0".split()
 ROOT = Path(__file__).parent.parent
 RUN = ("train_search_distill_binpack.py", "train_search_distill_binpack.py preset=cpu")  # PPO: in test_devices.py.
 README = (ROOT / "README.md").read_text()
-READMES = (ROOT / "README.md", *sorted((ROOT / "tests").glob("**/README.md")))
+READMES = (ROOT / "README.md", *sorted((ROOT / "tests").glob("**/*.md")))
 # Where a script is; what its name is in the README's table of places to change.
 PLACES = {
     "both scripts": (script, ppo),

@@ -12,6 +12,7 @@ import os
 import pickle
 import pwd
 import re
+import runpy
 import shlex
 import signal
 import struct
@@ -160,7 +161,8 @@ def test_functions_called_from_a_notebook_are_the_same(situation, agent, undistu
         assert np.array_equal(np.stack(timestep.observation.items), undisturbed.items)
         for x, expected in zip(loaded.apply(timestep.observation), undisturbed.apply, strict=True):
             assert x.dtype == expected.dtype and np.array_equal(x, expected)
-        transformed = jax.jit(jax.vmap(loaded.env.reset))(key[None])[1].observation.items
+        reset = jax.jit(jax.vmap(loaded.env.reset))
+        transformed = reset(jax.device_put(key[None]))[1].observation.items
         assert np.array_equal(np.stack(transformed)[:, 0], undisturbed.items)
         state, timestep = loaded.env.step(state, loaded.act(timestep.observation))
         assert timestep.reward.dtype == np.float32 and np.asarray(timestep.reward) > 0
@@ -808,6 +810,27 @@ def test_without_what_other_systems_lack(situation, tmp_path, monkeypatch):
 def test_folders_that_cannot_be_opened(situation, tmp_path, monkeypatch):
     refused = refuse(monkeypatch, os, "open", PermissionError(errno.EACCES, "Permission denied"), is_folder)
     assert train(tmp_path) == 0 and is_whole(tmp_path) and refused
+
+
+@situations(SYSTEMS, "saves, and ends with status 0", "Ctrl-Break on Windows (SIGBREAK)")
+def test_ctrl_break(situation, tmp_path, monkeypatch, capsys):
+    """Another signal has its name here, one that nothing else uses."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGWINCH, raising=False)
+    interrupt(monkeypatch, signal.SIGWINCH)
+    assert train(tmp_path) == 0 and is_whole(tmp_path, last=1)
+    assert "Stopped at iteration 1" in capsys.readouterr().out
+
+
+@situations(SYSTEMS, "runs", "a console that has write and flush alone (IDLE, Spyder)")
+def test_a_console_of_an_editor(situation, monkeypatch):
+    said = []
+    console = SimpleNamespace(write=said.append, flush=lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        patch.setattr(sys, "argv", ["train_search_distill_binpack.py", "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(script.__file__, run_name="__main__")
+    assert end.value.code == 0 and "preset=NAME" in "".join(said)
 
 
 @situations(SYSTEMS, "figures without a commit", "no git")
