@@ -340,7 +340,11 @@ def interrupt(monkeypatch, *numbers: int) -> None:
 def test_signals_that_announce_the_end(situation, tmp_path, monkeypatch, capsys):
     numbers = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", situation)]
     interrupt(monkeypatch, *numbers * (2 if "twice" in situation else 1))
-    assert train(tmp_path, "save_interval=100") == 0
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # These tests may run under nohup.
+    try:
+        assert train(tmp_path, "save_interval=100") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert "Stopped at iteration 1" in capsys.readouterr().out and is_whole(tmp_path, last=1)
 
 
