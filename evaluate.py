@@ -1,8 +1,9 @@
-"""Scores, compares and draws checkpoints of both training scripts, on fixed instances of BinPack-v2.
+"""Scores, compares and draws checkpoints of both training scripts, on fixed instances of BinPack-v2 or of other sizes.
 
     python evaluate.py checkpoints/BinPack-v2/nsim_4/seed_0             # greedy play of the newest checkpoint there
     python evaluate.py CHECKPOINT OTHER policy=greedy,search,best_of_n json=scores.json
     python evaluate.py policy=random,largest_first,lookahead            # the floors, without a checkpoint
+    python evaluate.py CHECKPOINT max_num_items=50 max_num_ems=80       # larger instances than it was trained on
     python evaluate.py CHECKPOINT OTHER render=episode.gif              # one instance, side by side
     python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, runs as bands
     python evaluate.py --help
@@ -47,10 +48,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 import tqdm
 from jax.experimental import multihost_utils
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 try:
     import fcntl
@@ -88,7 +90,7 @@ Folder = Annotated[UserPath, Field(min_length=1)]
 Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
-class FrozenModel(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class FrozenModel(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A configuration: a fixed set of keys with types, limits, defaults and descriptions."""
 
     @field_validator("*", mode="before")
@@ -98,6 +100,43 @@ class FrozenModel(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         if not is_switch and any(isinstance(x, bool) for x in jax.tree.leaves(value)):
             raise ValueError("expected a value that is not true or false")
         return value
+
+
+class Sizes(FrozenModel):
+    """The sizes of instances and observations, in Jumanji's names, by default BinPack-v2's. An instance has at most
+    `max_num_items` - 1 items, and BinPack-v2's exactly so many."""
+
+    env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
+    max_num_items: Annotated[int, Field(ge=2, le=1000)] = Field(20, description="item slots; one more than items")
+    max_num_ems: Annotated[int, Field(ge=1, le=1000)] = Field(40, description="spaces (EMSs) that are kept")
+    obs_num_ems: Annotated[int, Field(ge=1, le=1000)] = Field(40, description="spaces that are shown, the largest")
+    split_num_same_items: Annotated[int, Field(ge=2)] = Field(
+        2, description="pieces that a space is cut into at a time, at most; above 2 the number of items varies"
+    )
+
+    @property
+    def max_decisions(self) -> int:
+        """T: each decision places one item."""
+        return self.max_num_items - 1
+
+    @property
+    def env_name(self) -> str:
+        """The environment and, where they are not its own, the sizes: the name of a folder of runs."""
+        own = {key: getattr(self, key) for key in SIZES if getattr(self, key) != Sizes.model_fields[key].default}
+        return "_".join([self.env_id, *(f"{key}_{value}" for key, value in own.items())])
+
+    @pydantic.model_validator(mode="after")
+    def _sizes_fit_together(self) -> Self:
+        if self.obs_num_ems > self.max_num_ems:
+            what = f"obs_num_ems={self.obs_num_ems}: expected at most max_num_ems={self.max_num_ems}, the spaces"
+            raise ValueError(f"{what} that are kept; type obs_num_ems={self.max_num_ems}")
+        if self.split_num_same_items > self.max_num_items:
+            what = f"split_num_same_items={self.split_num_same_items}: expected at most max_num_items"
+            raise ValueError(f"{what}={self.max_num_items}; type split_num_same_items=2")
+        return self
+
+
+SIZES = tuple(key for key in Sizes.model_fields if key != "env_id")
 
 
 # ==================================================== Command line ====================================================
@@ -184,7 +223,7 @@ def as_typed(value: Any) -> str:
     return "[" + ",".join(map(as_typed, value)) + "]" if isinstance(value, (tuple, list)) else str(value)
 
 
-def help_text(doc: str, config_class: type[BaseModel], presets: dict[str, str]) -> str:
+def help_text(doc: str, config_class: type[pydantic.BaseModel], presets: dict[str, str]) -> str:
     """The script's docstring, every key with type, default and meaning, and the presets."""
     lines = [doc.strip(), "", "Keys, as key=value or --key value (type, default, meaning):", ""]
     for key, field in config_class.model_fields.items():
@@ -500,7 +539,15 @@ def file_errors(path: Path):
         raise CannotWrite(f"{path}: cannot be written ({error}); {hint}") from None
 
 
-def check_fit(template: Any, saved: Any, hint: str) -> None:
+def newest_in(path: str | Path) -> Path:
+    """A checkpoint's path, or that of the newest in the folder of a run. Raises `UsageError` if there is none."""
+    found = find_checkpoints(Path(path)) if Path(path).is_dir() else [Path(path)]
+    if not found:
+        raise UsageError(f"{path}: expected a run's folder with an iter_*.pkl in it; give a file or another folder")
+    return found[-1]
+
+
+def check_fit(key: str, template: Any, saved: Any, hint: str) -> None:
     """Raises `UsageError` unless `saved` is a tree of arrays with the names, shapes and types of `template`."""
     describe = lambda tree: jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", None))), tree)
     try:
@@ -508,7 +555,7 @@ def check_fit(template: Any, saved: Any, hint: str) -> None:
     except (TypeError, ValueError):  # Names that do not compare, lists that are no arrays.
         same = False
     if not same:
-        raise UsageError(f"resume: the checkpoint's arrays do not fit this configuration; {hint}")
+        raise UsageError(f"{key}: the checkpoint's arrays do not fit this configuration; {hint}")
 
 
 def sweep_trial() -> str:
@@ -731,13 +778,15 @@ class Checkpoint:
     iteration: int
     frames: int  # decisions played to learn from
     config: Any  # the training script's `Config`
+    sizes: Sizes  # of the instances that it plays
     params: dict = dataclasses.field(repr=False)  # Haiku parameters, numpy arrays
     script: ModuleType = dataclasses.field(repr=False)  # the training script, whose code plays the checkpoint
-    env: BinPack = dataclasses.field(repr=False)  # equal to Jumanji's BinPack-v2
+    env: BinPack = dataclasses.field(repr=False)  # equal to Jumanji's BinPack of these sizes
     network: Any = dataclasses.field(repr=False)  # Haiku functions
 
     def __reduce__(self) -> tuple:
-        return load_checkpoint, (self.path,)  # How another process gets it, as from Ray or multiprocessing.
+        load = functools.partial(load_checkpoint, **self.sizes.model_dump(include={*SIZES}))
+        return load, (self.path,)  # How another process gets it, as from Ray or multiprocessing.
 
     @functools.cached_property
     def _apply(self) -> Callable:
@@ -747,16 +796,13 @@ class Checkpoint:
     def _play(self) -> Callable:
         return make_state_player(self, self.script.make_greedy_policy(self.network, self.config))
 
-    @functools.cached_property
-    def _observation(self) -> Observation:
-        return jax.eval_shape(self.env.reset, jax.ShapeDtypeStruct((2,), np.uint32))[1].observation
-
     @usual_numbers()
     def apply(self, observation: Observation) -> tuple[jax.Array, jax.Array]:
         """Observation with leading dimensions [...] -> logits of the flat actions [..., A], very negative where
         illegal, and value [...], the volume that the network expects still to be packed. May be transformed by JAX.
-        Raises `UsageError` for an observation of another size or in other units than BinPack-v2's."""
-        return self._apply(self.params, as_expected(observation, self._observation))
+        The observation may have any number of spaces E and items I, and A = E x I. Raises `UsageError` for one whose
+        shapes do not belong together, or with lengths in millimetres."""
+        return self._apply(self.params, checked(observation))
 
     @usual_numbers()
     def act(self, observation: Observation) -> jax.Array:
@@ -770,19 +816,21 @@ class Checkpoint:
         return self._play(self.params, seed_key(seed))
 
 
-def as_expected(observation: Any, expected: Observation) -> Observation:
-    """The observation in the expected types. Raises `UsageError` if it has other shapes or lengths in millimetres."""
-    if jax.tree.structure(observation) != jax.tree.structure(expected):
+def checked(observation: Any) -> Observation:
+    """The observation in float32 and bool. Raises `UsageError` if its shapes or types are not such as Jumanji's."""
+    if not hasattr(observation, "ems") or np.ndim(observation.action_mask) < 2:
         what = f"expected an observation of Jumanji's BinPack, got {type(observation).__name__}"
         raise UsageError(f"{what}; give timestep.observation")
-    size = observation.items_mask.shape[:-1]
-    for (path, wanted), x in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(observation)):
-        kind = bool if wanted.dtype == bool else np.floating  # Lengths in millimetres are whole numbers.
-        if np.shape(x) != size + wanted.shape or not jnp.issubdtype(x.dtype, kind):
-            found = f"{x.dtype}{list(np.shape(x))}; give one of BinPack-v2, with lengths as shares of the container"
-            what = f"expected {wanted.dtype}{[*size, *wanted.shape]} as observation{jax.tree_util.keystr(path)}"
-            raise UsageError(f"{what}, got {found}")
-    return jax.tree.map(lambda x, wanted: jnp.asarray(x, wanted.dtype), observation, expected)
+    *batch, spaces, items = np.shape(observation.action_mask)
+    for path, x in jax.tree.leaves_with_path(observation):
+        name = jax.tree_util.keystr(path)
+        shape = batch + ([spaces, items] if "action" in name else [spaces] if name.startswith(".ems") else [items])
+        kind = bool if "mask" in name or "placed" in name else np.floating  # Millimetres are whole numbers.
+        if list(np.shape(x)) != shape or not jnp.issubdtype(x.dtype, kind):
+            found = f"{x.dtype}{list(np.shape(x))}; give one of Jumanji's, with lengths as shares of the container"
+            word = "bool" if kind is bool else "float32"
+            raise UsageError(f"expected {word}{shape} as observation{name}, got {found}")
+    return jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else np.float32), observation)
 
 
 def import_script(method: str) -> ModuleType:
@@ -792,25 +840,22 @@ def import_script(method: str) -> ModuleType:
     return importlib.import_module(METHODS[method])
 
 
-def without_network() -> Checkpoint:
+def without_network(sizes: Sizes) -> Checkpoint:
     """What plays a policy that needs no checkpoint: the environment and rollout of a training script."""
     script = import_script(next((name for name in METHODS if util.find_spec(METHODS[name])), "search_distill"))
-    return Checkpoint(Path(), "", 0, 0, None, {}, script, script.make_env(), None)
+    return Checkpoint(Path(), "", 0, 0, None, sizes, {}, script, script.make_env(sizes), None)
 
 
 @usual_numbers()
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads an iter_*.pkl of either method, or the newest one in a run's folder. Raises `UsageError`; a file that holds
-    anything but numpy arrays and plain containers is refused before any of it runs."""
+def load_checkpoint(path: str | Path, **sizes: int) -> Checkpoint:
+    """Reads an iter_*.pkl of either method, or the newest one in a run's folder. It plays instances of the sizes of
+    its training, but for those that are given (`max_num_items=50`). Raises `UsageError`; a file that holds anything but
+    numpy arrays and plain containers is refused before any of it runs."""
     try:
         path = Path(with_home(no_address(str(path))))
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
-    if path.is_dir():
-        found = find_checkpoints(path)
-        if not found:
-            raise UsageError(f"{path}: expected a run's folder with an iter_*.pkl in it; give a file or another folder")
-        path = found[-1]
+    path = newest_in(path)
     contents = read_checkpoint(path)
     method, model = contents["method"], contents["model"]
     if method not in METHODS:
@@ -818,18 +863,42 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     script = import_script(method)
     try:
         config = script.Config(**contents["config"])
-        env, network = script.make_env(), script.make_network(config)
+        env, network = script.make_env(config), script.make_network(config)
         init = lambda key: network.init(key, env.reset(key)[1].observation)
-        check_fit((jax.eval_shape(init, jax.ShapeDtypeStruct((2,), np.uint32)), {}), model, "")
+        check_fit("", (jax.eval_shape(init, jax.ShapeDtypeStruct((2,), np.uint32)), {}), model, "")
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].replace('Input should be', 'expected')}"
         raise UsageError(f"{path}: its configuration is not one of this version ({reason})") from None
     except (UsageError, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0].removeprefix("resume: ").rstrip("; ")
+        reason = str(error).splitlines()[0].removeprefix(": ").rstrip("; ")
         raise UsageError(f"{path}: its configuration and arrays do not belong together ({reason})") from None
+    sizes = other_sizes(config, sizes)
     stands = contents["iteration"], contents["frames"]
-    return Checkpoint(path.absolute(), method, *stands, config, model[0], script, env, network)
+    env = script.make_env(sizes)
+    return Checkpoint(path.absolute(), method, *stands, config, sizes, model[0], script, env, network)
+
+
+def other_sizes(trained: Sizes, given: dict[str, int]) -> Sizes:
+    """The sizes of a training run with those that are given in their place. Raises `UsageError`."""
+    try:
+        return Sizes(**trained.model_dump(include={*SIZES}) | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{key}={given.get(key)}: " for key in first["loc"][:1])
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        raise UsageError(f"{place}{reason}; for example max_num_items=50 max_num_ems=80") from None
+
+
+def played_sizes(checkpoints: list[Checkpoint], given: dict[str, int]) -> Sizes:
+    """The sizes that all checkpoints play, or without one BinPack-v2's but for those that are given. Raises
+    `UsageError` where they differ: then no two rows would be of the same instances."""
+    found = list(dict.fromkeys(checkpoint.sizes for checkpoint in checkpoints)) or [other_sizes(Sizes(), given)]
+    if len(found) > 1:
+        words = " ".join(f"{key}={getattr(found[0], key)}" for key in SIZES)
+        names = " and ".join(sizes.env_name for sizes in found)
+        raise UsageError(f"expected checkpoints that play instances of the same sizes, got {names}; type {words}")
+    return found[0]
 
 
 # ====================================================== Policies ======================================================
@@ -927,6 +996,10 @@ with warnings.catch_warnings():
         n: PositiveInt = Field(32, description="sampled episodes beside the greedy one (policy=best_of_n)")
         seed: Seed = Field(1_000_000, description="seed that fixes the instances, by default as in training")
         num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
+        max_num_items: NonNegativeInt = Field(0, description="item slots of the instances (0: as in training)")
+        max_num_ems: NonNegativeInt = Field(0, description="spaces that are kept (0: as in training)")
+        obs_num_ems: NonNegativeInt = Field(0, description="spaces that are shown (0: as in training)")
+        split_num_same_items: NonNegativeInt = Field(0, description="most pieces of a cut (0: as in training)")
         json: UserPath = Field("", description="file for the table's figures and each instance's utilisation")
         render: UserPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
         instance: NonNegativeInt = Field(0, description="number of the instance to render")
@@ -1149,18 +1222,20 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
         raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
     start_jax(config.num_episodes)
     use_compilation_cache(CACHE_DIR)
-    checkpoints = [load_checkpoint(path) for path in paths]
+    given = {key: getattr(config, key) for key in SIZES if getattr(config, key)}
+    checkpoints = [load_checkpoint(path, **given) for path in paths]
+    sizes = played_sizes(checkpoints, given) if config.policy else None
     run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
     curves = {run_dir: read_curve(run_dir) for run_dir in run_dirs if config.curves}
     parts = 3 if any(c.path.name.startswith("iter_") for c in checkpoints) else 1  # iter_000300 needs its folders.
     names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], parts)))
     keys, rows, pictures = evaluation_keys(config.seed, config.num_episodes), [], []
     for policy in config.policy:
-        for checkpoint in [without_network()] if policy in FLOORS else checkpoints:
+        for checkpoint in [without_network(sizes)] if policy in FLOORS else checkpoints:
             name = names.get(checkpoint, "")
             attempts, search = make_attempts(policy, checkpoint, checkpoints, config)
             episodes, speed = score(f"{name} {policy}", checkpoint, attempts, keys)
-            row = dict(checkpoint=name, policy=policy) | summarise(episodes)
+            row = dict(checkpoint=name, policy=policy, sizes=sizes.model_dump()) | summarise(episodes)
             row |= dict(decisions_per_second=speed, returns=episodes.returns.tolist())
             row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"] if rows else row["returns"]))
             row |= dict(search=search) if search else {}

@@ -57,21 +57,14 @@ if TYPE_CHECKING:
     from jumanji.types import TimeStep
 
 METHOD = "search_distill"
-MAX_DECISIONS = 19  # T: every BinPack-v2 instance has 19 items, and each decision places one.
-LARGEST_SIZE = (40, 20)  # Spaces and items of an observation.
-NUM_ACTIONS = 800
 psum = functools.partial(jax.lax.psum, axis_name=DEVICES)
 
 
 # =================================================== Configuration ====================================================
-Width = Annotated[int, Field(ge=1, le=NUM_ACTIONS)]
-
-
-class Config(ev.FrozenModel):
-    """Every key of a run, with its type, limits, default and meaning."""
+class Config(ev.Sizes):
+    """Every key of a run, with its type, limits, default and meaning. The first are those of `evaluate.Sizes`."""
 
     # The run.
-    env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
     seed: ev.Seed = Field(0, description="seed of parameters, instances, noise and shuffling")
     max_num_iters: PositiveInt = Field(800, description="iterations of collecting and learning")
     rollout_batch_size: PositiveInt = Field(1024, description="episodes an iteration, over all devices")
@@ -81,8 +74,10 @@ class Config(ev.FrozenModel):
     leaf_value: Literal["network", "completion"] = Field(
         "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
     )
-    search_width: Width = Field(64, description="actions of highest prior that a search node keeps")
-    max_num_considered_actions: Width = Field(16, description="actions that sequential halving starts from at the root")
+    search_width: PositiveInt = Field(64, description="actions of highest prior that a search node keeps")
+    max_num_considered_actions: PositiveInt = Field(
+        16, description="actions that sequential halving starts from at the root"
+    )
     gumbel_scale: NonNegativeFloat = Field(1.0, description="scale of the Gumbel noise in collection (evaluation: 0)")
     value_scale: PositiveFloat = Field(1.0, description="scale of Q in the search's policy improvement")
     maxvisit_init: NonNegativeFloat = Field(50.0, description="visits added to the largest count in the scale of Q")
@@ -120,6 +115,9 @@ class Config(ev.FrozenModel):
     save_minutes: NonNegativeFloat = Field(10.0, description="minutes until a checkpoint is saved anyway (0: never)")
     keep_checkpoints: NonNegativeInt = Field(0, description="newest checkpoints that are kept (0: all)")
     resume: ev.UserPath = Field("", description="'auto' (this run's newest checkpoint, if any) or a checkpoint's path")
+    init_from: ev.UserPath = Field(
+        "", description="checkpoint or run folder, of any sizes, whose weights a fresh run starts with"
+    )
     overwrite: bool = Field(False, description="delete this run's earlier checkpoints and log, and start again")
     wandb_project: str = Field("jumanji-binpack", min_length=1, description="Weights & Biases project")
     compilation_cache_dir: ev.LocalPath = Field(ev.CACHE_DIR, description="folder for compiled programs (empty: none)")
@@ -130,7 +128,7 @@ class Config(ev.FrozenModel):
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
     def run_dir(self) -> Path:
-        method = Path(self.save_dir) / self.env_id / f"nsim_{self.num_simulations}"
+        method = Path(self.save_dir) / self.env_name / f"nsim_{self.num_simulations}"
         return method / ev.sweep_trial() / f"seed_{self.seed}"
 
     def is_due(self, iteration: int, interval: int) -> bool:
@@ -140,12 +138,14 @@ class Config(ev.FrozenModel):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Self:
         grow = all(a <= c and b <= d and (a, b) != (c, d) for (a, b), (c, d) in itertools.pairwise(self.token_sizes))
-        if self.token_sizes[-1:] != (LARGEST_SIZE,) or not grow:
+        if not grow:
             what = f"token_sizes={ev.as_typed(self.token_sizes)}: expected sizes that each hold the one before"
-            raise ValueError(f"{what}, none twice, the last one [40,20]; for example token_sizes=[[8,12],[40,20]]")
-        rows, last = self.rollout_batch_size * MAX_DECISIONS, self.max_num_iters
+            raise ValueError(f"{what}, none twice; for example token_sizes=[[8,12],[40,20]]")
+        rows, last = self.rollout_batch_size * self.max_decisions, self.max_num_iters
         if self.training_batch_size > rows:
-            what = f"expected at most {MAX_DECISIONS} x rollout_batch_size = {rows}, the decisions of one iteration"
+            what = (
+                f"expected at most {self.max_decisions} x rollout_batch_size = {rows}, the decisions of one iteration"
+            )
             raise ValueError(f"training_batch_size={self.training_batch_size}: {what}; type training_batch_size={rows}")
         if 0 < self.learning_rate_decay_iters < last:
             what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
@@ -170,10 +170,11 @@ PRESETS = {  # As one would type them.
 
 
 # ================================ Environment (twin section: the same in both scripts) ================================
-def make_env() -> BinPack:
+def make_env(sizes: ev.Sizes) -> BinPack:
     """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
     with ev.importing_jumanji():
         from jumanji.environments import BinPack
+        from jumanji.environments.packing.bin_pack.generator import RandomGenerator
 
     class FastBinPack(BinPack):
         reset, step = ev.usual_numbers()(BinPack.reset), ev.usual_numbers()(BinPack.step)
@@ -187,7 +188,8 @@ def make_env() -> BinPack:
             shown = indexes[: self.obs_num_ems]
             return jax.tree.map(lambda x: x[shown], ems), ems_mask[shown], indexes
 
-    return FastBinPack()
+    generator = RandomGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=sizes.split_num_same_items)
+    return FastBinPack(generator, obs_num_ems=sizes.obs_num_ems)
 
 
 def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, TimeStep]:
@@ -341,12 +343,13 @@ class PackingNetwork(hk.Module):
         super().__init__(name=name)
         self.config = config
 
-    def __call__(self, observation: Observation, size: tuple[int, int] = LARGEST_SIZE) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, observation: Observation, size: tuple[int, int] | None = None) -> tuple[jax.Array, jax.Array]:
         """Observation with leading dimensions [...] -> masked logits [..., A] and value [...], an estimate of the
         volume still to be packed: at most that of the items that still fit somewhere, 0 where no action is legal.
-        `size` bounds the spaces and items that legal actions use in any row; E and I are those from here on."""
+        `size` bounds the spaces and items that legal actions use in any row, by default those of the observation; E and
+        I are those from here on. The parameters fit every size."""
         config = self.config
-        tokens = gather_tokens(observation, size)
+        tokens = gather_tokens(observation, size or observation.action_mask.shape[-2:])
         spaces, items, pairs, item_pairs = embed(config, tokens)
         layer = lambda spaces, items: transformer_layer(config, spaces, items, tokens.legal, pairs, item_pairs)
         # One program for all layers, with parameters [layers, ...]: it compiles as fast as one layer.
@@ -500,9 +503,22 @@ def value_head(spaces, items, hidden, tokens: Tokens) -> jax.Array:
 
 def make_network(config: Config) -> hk.Transformed:
     """The network as Haiku functions: init(key, observation) -> params, and
-    apply(params, None, observation, size) -> (logits, value), with the largest size as default."""
+    apply(params, None, observation, size) -> (logits, value), by default at the observation's own size."""
     network = hk.transform(lambda observation, *size: PackingNetwork(config)(observation, *size))
     return network._replace(apply=jax.jit(network.apply, static_argnums=3))  # Traced once for all of a program's uses.
+
+
+def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int, int], ...]:
+    """The sizes that the network is compiled for on such observations: `token_sizes`, or where these are of instances
+    of another size, those with fewer spaces, half and three quarters of the observation, and all of it."""
+    full = observation.action_mask.shape[-2:]
+    if config.token_sizes[-1:] == (full,):
+        return config.token_sizes
+    sizes = [(spaces, items) for spaces, items in config.token_sizes if spaces < full[0] and items <= full[1]]
+    for size in (tuple(-(-quarters * n // 4) for n in full) for quarters in (2, 3, 4)):
+        if not sizes or (size != sizes[-1] and size[0] >= sizes[-1][0] and size[1] >= sizes[-1][1]):
+            sizes.append(size)
+    return tuple(sizes)
 
 
 def index_of_smallest_size(sizes: tuple, observation: Observation) -> jax.Array:
@@ -528,14 +544,15 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
 
     @jax.custom_batching.custom_vmap
     def predict(params, observation):
-        return at_size(LARGEST_SIZE, params, observation)
+        return at_size(None, params, observation)
 
     @predict.def_vmap
     def _(axis_size, in_batched, params, observation):
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
         rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
         observation = jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
-        return at_smallest_size(at_size, config.token_sizes, observation, params, observation), (True, True)
+        sizes = sizes_of_tokens(config, observation)
+        return at_smallest_size(at_size, sizes, observation, params, observation), (True, True)
 
     return predict
 
@@ -571,8 +588,10 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
     """Returns rollout(params, keys [B, 2]) -> Trajectory. An episode is a function of params and key alone, up to the
     rounding of the network, whose size depends on the whole batch."""
 
+    num_steps = env.generator.max_num_items - 1  # T, the most items that an instance has.
+
     def play(params: Any, key: jax.Array) -> Trajectory:
-        state, timestep = env.reset(jax.random.fold_in(key, MAX_DECISIONS))  # 0 ... T - 1 are the keys of the steps.
+        state, timestep = env.reset(jax.random.fold_in(key, num_steps))  # 0 ... T - 1 are the keys of the steps.
         memory = policy.start(params, state, timestep.observation)
 
         def step(carry, t):
@@ -583,7 +602,7 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
             return (state, timestep.observation, memory), row
 
         init = (state, timestep.observation, memory)
-        (state, _, _), rows = jax.lax.scan(step, init, jnp.arange(MAX_DECISIONS))
+        (state, _, _), rows = jax.lax.scan(step, init, jnp.arange(num_steps))
         return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
 
     return jax.vmap(play, in_axes=(None, 0))
@@ -612,7 +631,7 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
 
     def network_node(params: Any, state: State, observation: Observation) -> Node:
         logits, value = predict(params, observation)
-        logits, actions = jax.lax.top_k(logits, config.search_width)
+        logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value)
 
     def completion_node(params: Any, state: State, observation: Observation) -> Node:
@@ -629,7 +648,7 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
         init = (0, prior, state, observation, jnp.float32(0.0), jnp.float32(1.0))
         _, prior, _, _, total, _ = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
-        logits, actions = jax.lax.top_k(prior, config.search_width)
+        logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
         return Node(actions, logits, total)
 
     return completion_node if config.leaf_value == "completion" else network_node
@@ -640,7 +659,7 @@ def make_search_policy(
 ) -> Policy:
     """Gumbel MuZero search on the true dynamics (Danihelka et al. 2022, 'Policy improvement by planning with Gumbel').
 
-    A node keeps its `search_width` best actions, so the tree's arrays are K wide and not 800. With
+    A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
     optimum. The memory is the next root: the chosen child has been evaluated by the search that chose it.
     """
@@ -818,12 +837,13 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     """gradients(size, params, batch) -> ((loss, metrics), grads), sums over the rows of a minibatch, taken in
     up to four parts: rows that need the same size are brought together, and each part is run at its own. The gradient
     is one vector, so that what follows is one operation and not one for each parameter."""
-    order = jnp.argsort(index_of_smallest_size(config.token_sizes, batch.observation))
-    num_parts = math.gcd(len(order), 4) if len(config.token_sizes) > 1 else 1
+    sizes = sizes_of_tokens(config, batch.observation)
+    order = jnp.argsort(index_of_smallest_size(sizes, batch.observation))
+    num_parts = math.gcd(len(order), 4) if len(sizes) > 1 else 1
     parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), batch)
 
     def of_part(part):
-        sums, grads = at_smallest_size(gradients, config.token_sizes, part.observation, params, part)
+        sums, grads = at_smallest_size(gradients, sizes, part.observation, params, part)
         return sums, ravel_pytree(grads)[0]
 
     return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, parts))
@@ -1134,16 +1154,22 @@ NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_ch
                      "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
 
 
+def network_hint(config: Config, checkpoint: dict) -> str:
+    """What to type where a checkpoint's network is another one than the configuration's."""
+    old, new = checkpoint["config"], config.model_dump(mode="json")
+    keys = [key for key in new if ("transformer" in key or key == "pair_units") and old.get(key) != new[key]]
+    return " ".join(["type", *(f"{key}={ev.as_typed(old.get(key))}" for key in keys)]) if keys else "give another one"
+
+
 def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     """The state that a checkpoint continues from; says which keys change that matter. Raises `UsageError`."""
     old, new = checkpoint["config"], config.model_dump(mode="json")
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RESULT]
-    of_network = [f"{k}={ev.as_typed(old.get(k))}" for k in changed if "transformer" in k or k == "pair_units"]
-    hint = " ".join(["type", *of_network]) if of_network else "give another one"
+    hint = network_hint(config, checkpoint)
     if not checkpoint["opt_state"]:
         hint = "it is for evaluation, without the optimizer's state; give one that a run saved"
     leaves, opt_tree = jax.tree.flatten(fresh.opt_state)
-    ev.check_fit((fresh.params, {}, leaves), (*checkpoint["model"], checkpoint["opt_state"]), hint)
+    ev.check_fit("resume", (fresh.params, {}, leaves), (*checkpoint["model"], checkpoint["opt_state"]), hint)
     for key in changed if checkpoint["iteration"] < config.max_num_iters else ():
         print(f"{key} changes from {ev.as_typed(old.get(key))} to {ev.as_typed(new[key])}")
     opt_state = jax.tree.unflatten(opt_tree, checkpoint["opt_state"])
@@ -1152,7 +1178,7 @@ def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
 
 def train_to_the_end(config: Config, state: TrainState, progress: Progress, run: Run, stop: ev.StopRequest) -> None:
     """Trains, evaluates, logs and saves until the last iteration or a request to stop."""
-    env, network = make_env(), make_network(config)
+    env, network = make_env(config), make_network(config)
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
     evaluate, state = make_evaluate(env, network, config), replicate(state)
     saved, saved_at, save_due, skipped_in_a_row = progress.iteration, time.perf_counter(), False, 0
@@ -1219,10 +1245,14 @@ def train(config: Config, preset: str) -> int:
         checkpoint = ev.on_first_process(run.checkpoint_to_resume)
         if config.resume and not checkpoint:
             print(f"resume=auto: no checkpoint in {run.path}; the run starts afresh")
-        state = init_train_state(make_env(), make_network(config), config)
+        state = init_train_state(make_env(config), make_network(config), config)
         if checkpoint:
             state = restore(config, state, checkpoint)
             progress = Progress(**{key: checkpoint[key] for key in dataclasses.asdict(progress)})
+        elif config.init_from:
+            start = ev.on_first_process(lambda: ev.read_checkpoint(ev.newest_in(config.init_from)))
+            ev.check_fit("init_from", (state.params, {}), start["model"], network_hint(config, start))
+            state = state._replace(params=start["model"][0])
         if progress.iteration >= config.max_num_iters:
             print(f"Complete: {progress.iteration} iterations are done; a larger max_num_iters continues.")
             return 0

@@ -196,7 +196,7 @@ def results_table(results: dict, floors: dict, benchmark: dict) -> str:
 def tried_moves(results: dict, benchmark: dict) -> float:
     """Moves that the search tries for each one that is played: steps of a batch, less those that are played."""
     played = benchmark["arms"][0]["decisions_per_second"] * statistics.median(benchmark["arms"][0]["seconds"])
-    tried = benchmark["phases"]["batched_steps"] - evaluate.import_script("search_distill").MAX_DECISIONS
+    tried = benchmark["phases"]["batched_steps"] - evaluate.Sizes().max_decisions
     return tried * results["groups"][0]["config"]["rollout_batch_size"] / played
 
 

@@ -73,14 +73,17 @@ programs = {}
 
 def share_programs(module, name: str, is_key: Callable[[str], bool] = lambda key: True) -> None:
     """Calls in this process whose arguments make the same program have one, which is traced once. Of a configuration,
-    the keys count that `is_key` names; a network is that of the configuration, and every environment is the same."""
+    the keys count that `is_key` names; a network is that of the configuration, and an environment that of its sizes."""
     make = getattr(module, name)
 
     def identity(argument):
         if isinstance(argument, (script.Config, ppo.Config)):
             return type(argument), *((key, value) for key, value in argument if is_key(key))
         kind = type(argument).__name__
-        return kind if kind in ("Transformed", "FastBinPack") else argument
+        if kind == "FastBinPack":
+            generator = argument.generator
+            return kind, argument.obs_num_ems, *vars(generator).items()
+        return kind if kind == "Transformed" else argument
 
     def find_or_make(*arguments):
         key = (module, name, evaluate.instances_at_a_time(), *map(identity, arguments))
@@ -162,7 +165,7 @@ def config():
 
 @pytest.fixture(scope="session")
 def env():
-    return script.make_env()
+    return script.make_env(evaluate.Sizes())
 
 
 @pytest.fixture(scope="session")

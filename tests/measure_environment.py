@@ -3,7 +3,7 @@
     python tests/measure_environment.py            # at least 100,000 steps: about 10 minutes on 2 cores
 
 The same actions are played in both environments, from random, heuristic and searched episodes. A state counts as an
-overflow if the cut EMSs would need more than the 40 slots, found by repeating Jumanji's update with 80 slots.
+overflow if the cut EMSs would need more slots than there are, found by repeating Jumanji's update with twice as many.
 """
 
 import functools
@@ -28,21 +28,22 @@ def make_policy(kind: str, env, config) -> evaluate.Policy:
     if kind == "searched":
         return script.make_search_policy(env, script.make_network(config), config, 4, 1.0)
     make = {"random": evaluate.make_random_policy, "heuristic": evaluate.make_largest_first_policy}[kind]
-    return make(evaluate.without_network())
+    return make(evaluate.without_network(config))
 
 
 @functools.cache
 def make_compare(kind: str, config):
-    fast, jumanji = script.make_env(), BinPack()
-    wide = BinPack(generator=RandomGenerator(max_num_items=20, max_num_ems=80, split_num_same_items=2))
+    items, spaces = config.max_num_items, config.max_num_ems
+    jumanji_env = lambda num_ems: BinPack(RandomGenerator(items, num_ems, split_num_same_items=2), config.obs_num_ems)
+    fast, jumanji, wide = script.make_env(config), jumanji_env(spaces), jumanji_env(2 * spaces)
     policy = make_policy(kind, fast, config)
 
     def overflows(state, action):
         """Whether placing the item needs more slots than there are."""
         pad = lambda x: jnp.concatenate([x, jnp.zeros_like(x)])
-        ems_id, item_id = state.sorted_ems_indexes[action // 20], action % 20
+        ems_id, item_id = state.sorted_ems_indexes[action // items], action % items
         state = state.replace(ems=jax.tree.map(pad, state.ems), ems_mask=pad(state.ems_mask))
-        return wide._pack_item(state, ems_id, item_id).ems_mask.sum() > 40
+        return wide._pack_item(state, ems_id, item_id).ems_mask.sum() > spaces
 
     def play(env, step, params, key):
         state, timestep = env.reset(key)
@@ -56,14 +57,14 @@ def make_compare(kind: str, config):
 
         memory = policy.start(params, state, timestep.observation)
         carry = (state, timestep.observation, memory)
-        return (state, timestep), jax.lax.scan(body, carry, jnp.arange(script.MAX_DECISIONS))[1]
+        return (state, timestep), jax.lax.scan(body, carry, jnp.arange(config.max_decisions))[1]
 
     def replay(key, actions):
         """Jumanji's environment with the same actions, its own state carried on."""
         state, timestep = jumanji.reset(key)
 
         def body(state, action):
-            next_state, timestep = jumanji.step(state, jnp.stack([action // 20, action % 20]))
+            next_state, timestep = jumanji.step(state, jnp.stack([action // items, action % items]))
             return next_state, (next_state, timestep)
 
         return (state, timestep), jax.lax.scan(body, state, actions)[1]
@@ -80,10 +81,10 @@ def make_compare(kind: str, config):
     return compare
 
 
-def compare_episodes(kind: str, num_episodes: int, seed: int) -> dict:
+def compare_episodes(kind: str, num_episodes: int, seed: int, **sizes: int) -> dict:
     """Plays episodes of one kind in both environments -> steps, overflow states and the fields that differ."""
-    config = script.Config(num_transformer_layers=1, transformer_num_heads=2, transformer_key_size=8)
-    env = script.make_env()
+    config = script.Config(num_transformer_layers=1, transformer_num_heads=2, transformer_key_size=8, **sizes)
+    env = script.make_env(config)
     params = script.init_train_state(env, script.make_network(config), config).params
     keys = jax.random.split(jax.random.PRNGKey(seed), num_episodes)
     mine, reference, steps, overflow, returns = make_compare(kind, config)(params, keys)

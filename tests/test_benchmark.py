@@ -29,9 +29,7 @@ def test_an_arm_has_the_decisions_of_a_run(search_run):
     arms = throughput.make_arms(config)
     assert [arm.config.search_width for arm in arms] == [48, 48, 800, 48, 800, 48]
     row = json.loads((search_run / "metrics.jsonl").read_text().splitlines()[1])
-    assert (
-        arms[5].config.token_sizes == config.token_sizes[-1:] == (script.LARGEST_SIZE,) and len(config.token_sizes) > 1
-    )
+    assert arms[5].config.token_sizes == config.token_sizes[-1:] == ((40, 20),) and len(config.token_sizes) > 1
     (found,) = throughput.measure_arms(arms[5:], throughput.make_state(config), 1)
     assert found["decisions_per_second"] * found["seconds"][0] == pytest.approx(row["frames"])
 

@@ -10,6 +10,7 @@ from conftest import AS_FOR_USERS
 from jumanji.environments.packing.bin_pack.types import Item, Location, Space
 from measure_environment import compare_episodes
 
+import evaluate
 import train_search_distill_binpack as script
 
 
@@ -34,8 +35,8 @@ def test_the_compiled_update_has_no_sequential_loop(env):
 
 def test_instances_have_at_most_max_decisions_items(env):
     state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.PRNGKey(3), 256))
-    assert set(np.asarray(state.items_mask.sum(-1)).tolist()) == {script.MAX_DECISIONS}
-    assert env.obs_num_ems * env.generator.max_num_items == script.NUM_ACTIONS
+    assert set(np.asarray(state.items_mask.sum(-1)).tolist()) == {evaluate.Sizes().max_decisions}
+    assert env.obs_num_ems * env.generator.max_num_items == 800
 
 
 def test_flat_action_is_ems_times_items_plus_item(env, played):

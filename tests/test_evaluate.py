@@ -109,7 +109,7 @@ def test_floors_need_no_checkpoint_and_equal_plain_loops(few_at_a_time, env, tmp
         return total
 
     for key, returns in zip(evaluate.evaluation_keys(1_000_000, 3), largest, strict=True):
-        start = jax.jit(env.reset)(jax.random.fold_in(key, search_distill.MAX_DECISIONS))
+        start = jax.jit(env.reset)(jax.random.fold_in(key, 19))
         assert play(*start) == pytest.approx(returns, abs=1e-5)
     assert np.mean(lookahead) >= np.mean(largest)
     assert all(a >= b - 1e-6 for a, b in zip(lookahead, largest))
@@ -117,7 +117,7 @@ def test_floors_need_no_checkpoint_and_equal_plain_loops(few_at_a_time, env, tmp
 
 def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(played):
     states, observations = played
-    checkpoint = evaluate.without_network()
+    checkpoint = evaluate.without_network(evaluate.Sizes())
     act = jax.jit(evaluate.make_lookahead_policy(checkpoint).act)
     order_of, first_of = jax.jit(evaluate.largest_first_order), jax.jit(evaluate.largest_first)
     step = jax.jit(functools.partial(search_distill.step_flat, checkpoint.env))
@@ -200,7 +200,7 @@ def test_speed_is_that_of_all_attempts(few_at_a_time, monkeypatch):
 
     monkeypatch.setattr(evaluate, "make_player", make_player)
     script = SimpleNamespace(make_rollout=lambda env, policy: policy)
-    checkpoint = dataclasses.replace(evaluate.without_network(), script=script)
+    checkpoint = dataclasses.replace(evaluate.without_network(evaluate.Sizes()), script=script)
     rows = {"a": 40.0, "b": 20.0, "ab": 40 / 3, "abb": 8.0, ("solves", "a"): 8.0}
     for count in (3, 10, 40):
         for attempts, expected in rows.items():
@@ -265,7 +265,9 @@ def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has
         if searches:
             script.make_playing_search = lambda env, network, config, n: f"search {name} {config.leaf_value} {n}"
         config = search_distill.Config(**keys)
-        return dataclasses.replace(evaluate.without_network(), config=config, script=script, params=name)
+        return dataclasses.replace(
+            evaluate.without_network(evaluate.Sizes()), config=config, script=script, params=name
+        )
 
     a, b = checkpoint_of("a", True, value_scale=3.0), checkpoint_of("b", True, leaf_value="completion")
     none = checkpoint_of("none", False)

@@ -150,7 +150,7 @@ def test_loss_equals_a_plain_loop(kind, network, params, apply, played, ppo_conf
     old_log_prob, old_value, advantage, returns = RNG.normal(size=(4, 60)).astype(np.float32)
     decision = ppo.Decision(jnp.array(actions), jnp.array(old_log_prob - 3.0), jnp.array(old_value), zeros)
     samples = ppo.Samples(observations, decision, jnp.array(advantage), jnp.array(returns), zeros == 0)
-    function = functools.partial(ppo.make_loss(network, config), ppo.LARGEST_SIZE)
+    function = functools.partial(ppo.make_loss(network, config), (40, 20))
     loss, metrics = jax.jit(function)(params, samples)
 
     logits, value = (np.asarray(x, np.float64) for x in apply(params, observations))

@@ -74,7 +74,7 @@ def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, 
         config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
         script.make_playing_search(env, network, config, 3)
         script.make_evaluate(env, network, config)
-        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, {}, script, env, network)
+        checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, config, {}, script, env, network)
         evaluate.make_attempts("search", checkpoint, [checkpoint], evaluate.Config(num_simulations=9))
         assert made == [(expected, n, 0.0) for n in (3, 5, 9)]
         made.clear()
@@ -89,7 +89,7 @@ def test_compact_search_equals_full_width_search(env, network, config, params, p
     states, observations = jax.tree.map(lambda x: x[:1000], (states, observations))
     policy = script.make_search_policy(env, network, config, 6, 0.0)  # Four children and two of theirs.
     action, decision = act_on(policy, params, states, observations)
-    weights = np.zeros((len(action), script.NUM_ACTIONS), np.float32)
+    weights = np.zeros((len(action), 800), np.float32)
     np.put_along_axis(weights, np.asarray(decision.actions), np.asarray(decision.weights), -1)
     reference = jax.jit(functools.partial(full_width_search, env, network, config, num_simulations=6))
     expected = tuple(map(np.asarray, reference(params, states, observations)))

@@ -754,9 +754,6 @@ def other(num_items: int = 20, obs_num_ems: int = 40, **more):
 
 
 OTHERS = {
-    "30 items": lambda: other(30).observation,
-    "10 items": lambda: other(10).observation,
-    "60 spaces": lambda: other(obs_num_ems=60).observation,
     "lengths in millimetres": lambda: other(normalize_dimensions=False).observation,
     "a TimeStep": lambda: other(),
     "an observation of another environment": lambda: (
@@ -766,6 +763,28 @@ OTHERS = {
         other().observation
     ),
 }
+
+
+LARGER = {"30 items": dict(num_items=30), "10 items": dict(num_items=10), "60 spaces": dict(obs_num_ems=60)}
+
+
+@situations(SIZES, "logits in the right places", *LARGER)
+def test_observations_of_other_sizes(situation, agent):
+    """Legal actions alone have logits, and slots that nothing uses change nothing."""
+    observation = other(**LARGER[situation]).observation
+    logits, value = agent.apply(observation)
+    legal = np.asarray(observation.action_mask)
+    assert logits.shape == (legal.size,) and np.array_equal(np.asarray(logits) > -1e8, legal.ravel())
+    space, item = agent.act(observation)
+    assert legal[space, item] and 0 < value <= 1
+    pad = lambda x, name: jnp.pad(
+        x, [(0, 3), (0, 2)] if "action" in name else [(0, 3 if name.startswith(".ems") else 2)]
+    )
+    padded = jax.tree_util.tree_map_with_path(lambda path, x: pad(x, jax.tree_util.keystr(path)), observation)
+    wider, same = agent.apply(padded)
+    wider = np.asarray(wider).reshape(legal.shape[0] + 3, -1)[:-3, :-2]
+    np.testing.assert_allclose(wider, np.asarray(logits).reshape(legal.shape), atol=1e-4)
+    np.testing.assert_allclose(same, value, atol=1e-5)
 
 
 @situations(SIZES, "refused in one line", *OTHERS)

@@ -42,7 +42,7 @@ def config_of_60(config):
     return config.model_copy(update=dict(training_batch_size=60))
 
 
-def loss_and_gradient(network, config, params, samples, size=script.LARGEST_SIZE):
+def loss_and_gradient(network, config, params, samples, size=(40, 20)):
     function = jax.value_and_grad(script.make_loss(network, config), argnums=1, has_aux=True)
     return jax.jit(functools.partial(function, size))(params, samples)
 
@@ -94,7 +94,7 @@ def test_gradients_are_finite_on_finished_rows(network, config_of_60, params, pl
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 60)
     samples = samples._replace(weights=jnp.zeros_like(samples.weights))
     assert not samples.mask.any() and len(samples.mask) == 60
-    for size in (script.Config().token_sizes[0], script.LARGEST_SIZE):
+    for size in (script.Config().token_sizes[0], (40, 20)):
         (loss, _), gradient = loss_and_gradient(network, config_of_60, params, samples, size)
         assert np.isfinite(flat_vector((loss, gradient))).all()
 
@@ -168,7 +168,7 @@ def test_an_iteration_counts_the_updates_that_it_skips(module, env, network, ppo
     iterate = jax.pmap(module.make_train_iteration(env, network, config), axis_name=module.DEVICES, donate_argnums=0)
     after = iterate(evaluate.replicate(state._replace(params=broken, opt_state=before)))
     after, metrics = evaluate.host_copy(after)
-    steps = config.num_epochs * (config.rollout_batch_size * module.MAX_DECISIONS // config.training_batch_size)
+    steps = config.num_epochs * (config.rollout_batch_size * config.max_decisions // config.training_batch_size)
     assert metrics["train/skipped_updates"] == steps and metrics["skipped_in_a_row"] == 2 + steps
     np.testing.assert_array_equal(flat_vector(after.params), flat_vector(broken))
     np.testing.assert_array_equal(flat_vector(after.opt_state.inner_state), flat_vector(before.inner_state))
@@ -190,7 +190,7 @@ def test_value_is_bounded_by_the_volume_of_the_items_that_still_fit(params, appl
 def test_minibatches_hold_real_rows_only_and_an_epoch_uses_each_once(module):
     """Nothing of padding is learned from: it is in no minibatch."""
     config = module.Config(rollout_batch_size=8, num_epochs=3, training_batch_size=16)  # 9 x 16 slots for 8 x 19 rows.
-    mask = np.random.default_rng(0).random(config.rollout_batch_size * module.MAX_DECISIONS) < 0.97
+    mask = np.random.default_rng(0).random(config.rollout_batch_size * config.max_decisions) < 0.97
     rows = np.asarray(module.minibatch_rows(jax.random.PRNGKey(0), jnp.array(mask), config))
     assert rows.shape == (27, 16) and mask[rows].all()
     epochs = rows.reshape(3, -1)

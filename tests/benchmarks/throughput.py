@@ -46,7 +46,7 @@ class Config(script.Config):
 
 def steps_per_epoch(config: script.Config) -> int:
     """Minibatches of one pass over an iteration's decisions."""
-    return config.rollout_batch_size * script.MAX_DECISIONS // config.training_batch_size
+    return config.rollout_batch_size * config.max_decisions // config.training_batch_size
 
 
 def seconds_of(function: Callable, *arguments: Any, rounds: int) -> float:
@@ -120,15 +120,15 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
 
 
 def make_arms(config: Config) -> list[Arm]:
-    wide = config.model_copy(update=dict(search_width=script.NUM_ACTIONS))
+    wide = config.model_copy(update=dict(search_width=config.obs_num_ems * config.max_num_items))
     one_size = config.model_copy(update=dict(token_sizes=config.token_sizes[-1:]))
     return [
-        device_arm("as it is", script.make_env(), config),
+        device_arm("as it is", script.make_env(config), config),
         device_arm("Jumanji's EMS update", jumanji_env(), config),
-        device_arm("800-wide search", script.make_env(), wide),
-        host_shuffling_arm("host-side shuffling", script.make_env(), config),
+        device_arm("800-wide search", script.make_env(config), wide),
+        host_shuffling_arm("host-side shuffling", script.make_env(config), config),
         host_shuffling_arm("all three of these", jumanji_env(), wide),
-        device_arm("every pass at full size", script.make_env(), one_size),
+        device_arm("every pass at full size", script.make_env(config), one_size),
     ]
 
 
@@ -179,7 +179,7 @@ def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tu
         logits, value = apply(params, rng, observation, size)
         return count(size, logits), value
 
-    env = script.make_env()
+    env = script.make_env(config)
     step = env.step
     env.step = lambda state, action: step(state, count("environment", action))
     network = network._replace(apply=counted_apply)
@@ -192,7 +192,7 @@ def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tu
 def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     """Seconds of an iteration by phase, each measured with all devices at work on their shares of it, and the share of
     the floor: the FLOP per second of the network phase against the best of large matrix products, one on each."""
-    env, network = script.make_env(), script.make_network(config)
+    env, network = script.make_env(config), script.make_network(config)
     devices = jax.device_count()
     size = config.rollout_batch_size // devices
 
@@ -215,7 +215,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     trajectory = jax.jit(rollout)(params, keys)
 
     # Observations from half way through an episode; a step takes the same time from any state.
-    half = script.MAX_DECISIONS // 2
+    half = config.max_decisions // 2
     observation = jax.tree.map(lambda x: x[:, half], trajectory.observation)
     states, _ = jax.vmap(env.reset)(keys)
     step = jax.vmap(functools.partial(script.step_flat, env))
@@ -279,7 +279,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
 
 def measure_environment(rounds: int) -> dict[str, float]:
     """Microseconds of a step at batch 1024, six placements into an episode, beside Jumanji's own."""
-    fast = script.make_env()
+    fast = script.make_env(evaluate.Sizes())
     states, timesteps = jax.vmap(fast.reset)(jax.random.split(jax.random.PRNGKey(0), 1024))
 
     def act(observation):
@@ -307,7 +307,7 @@ import evaluate, jax, train_search_distill_binpack as script
 evaluate.use_compilation_cache(sys.argv[1])
 config, _ = evaluate.parse_command_line(sys.argv[2:], script.Config, script.PRESETS)
 evaluate.start_jax(config.rollout_batch_size, config.training_batch_size)
-env, network = script.make_env(), script.make_network(config)
+env, network = script.make_env(config), script.make_network(config)
 start = time.perf_counter()
 state = evaluate.replicate(script.init_train_state(env, network, config))
 iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=evaluate.DEVICES, donate_argnums=0)
@@ -338,10 +338,10 @@ def measure_compilation(words: list[str]) -> dict[str, float]:
 
 # ======================================================== Main ========================================================
 def make_state(config: Config) -> script.TrainState:
-    state = script.init_train_state(script.make_env(), script.make_network(config), config)
+    state = script.init_train_state(script.make_env(config), script.make_network(config), config)
     if config.checkpoint:
         params, _ = evaluate.read_checkpoint(config.checkpoint, script.METHOD, config.env_id)["model"]
-        evaluate.check_fit(state.params, params, "give the same network keys")
+        evaluate.check_fit("checkpoint", state.params, params, "give the same network keys")
         state = state._replace(params=params)
     return evaluate.replicate(state)
 
@@ -351,7 +351,7 @@ def sweep(config: Config) -> list[dict]:
     values = dict(
         rollout_batch_size=[config.rollout_batch_size * 2**i // 4 for i in range(5)],
         num_simulations=[config.num_simulations * 2**i // 2 for i in range(4)],
-        search_width=[16, 32, 64, 128, script.NUM_ACTIONS],
+        search_width=[16, 32, 64, 128, config.obs_num_ems * config.max_num_items],
     )
     rows = []
     for key, candidates in values.items():
@@ -359,7 +359,9 @@ def sweep(config: Config) -> list[dict]:
             changed = config.model_copy(update={key: value})
             if steps_per_epoch(changed) == 0:
                 continue
-            (row,) = measure_arms([device_arm("", script.make_env(), changed)], make_state(changed), config.rounds)
+            (row,) = measure_arms(
+                [device_arm("", script.make_env(config), changed)], make_state(changed), config.rounds
+            )
             rows.append({"key": key, "value": value, "decisions_per_second": row["decisions_per_second"]})
             print(f"{key:24} {value:6}  {row['decisions_per_second']:10,.1f} decisions/s", flush=True)
     return rows

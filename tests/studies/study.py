@@ -92,7 +92,7 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
             """        push = lambda rows, new: jnp.concatenate([rows[len(new):], new])
         samples = jax.tree.map(push, state.rows, samples)
         order = jnp.argsort(jnp.where(samples.mask, jax.random.uniform(order_key, samples.mask.shape), 2.0))
-        steps = config.num_epochs * (config.rollout_batch_size * MAX_DECISIONS // config.training_batch_size)
+        steps = config.num_epochs * (config.rollout_batch_size * config.max_decisions // config.training_batch_size)
         rows = order[jnp.arange(steps * config.training_batch_size) % samples.mask.sum()].reshape(steps, -1)
 """,
         ),
@@ -103,7 +103,7 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
         (
             "    evaluate, state = make_evaluate(env, network, config), replicate(state)\n",
             f"""    _, first = env.reset(state.key)
-    count, width = {num_iterations} * config.rollout_batch_size * MAX_DECISIONS, config.search_width
+    count, width = {num_iterations} * config.rollout_batch_size * config.max_decisions, config.search_width
     blank = lambda x: jnp.zeros((count, *x.shape), x.dtype)
     empty = Samples(jax.tree.map(blank, first.observation), *map(blank, (jnp.zeros(width, jnp.int32), jnp.zeros(width),
                     jnp.float32(0.0), jnp.bool_(False), jnp.float32(0.0))))
@@ -499,7 +499,7 @@ def table(results: dict) -> str:
 def uses(variant: dict) -> float:
     """How often the network learns from a decision, of those that it learns from."""
     epochs = dict(word.split("=", 1) for word in variant["words"]).get("num_epochs", PRESET.num_epochs)
-    steps = PRESET.rollout_batch_size * script.MAX_DECISIONS // PRESET.training_batch_size
+    steps = PRESET.rollout_batch_size * PRESET.max_decisions // PRESET.training_batch_size
     decisions = statistics.mean(run["taught"] * run["decisions"] / run["iterations"] for run in variant["runs"])
     return int(epochs) * steps * PRESET.training_batch_size / decisions
 
