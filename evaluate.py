@@ -4,6 +4,7 @@
     python evaluate.py CHECKPOINT OTHER policy=greedy,search,best_of_n json=scores.json
     python evaluate.py policy=random,largest_first,lookahead            # the floors, without a checkpoint
     python evaluate.py CHECKPOINT max_num_items=50 max_num_ems=80       # larger instances than it was trained on
+    python evaluate.py CHECKPOINT instances=items.csv plan=plan.csv     # own items: what goes where
     python evaluate.py CHECKPOINT OTHER render=episode.gif              # one instance, side by side
     python evaluate.py RUN_FOLDER... 'policy=[]' curves=curves.png      # learning curves, runs as bands
     python evaluate.py --help
@@ -16,7 +17,9 @@ The training scripts import from here what both need: command line, checkpoint f
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
+import csv
 import dataclasses
 import difflib
 import errno
@@ -38,7 +41,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +67,9 @@ if TYPE_CHECKING:
     from jumanji.environments.packing.bin_pack.types import Observation, State
 
 METHODS = {"search_distill": "train_search_distill_binpack", "ppo": "train_ppo_binpack"}  # The script of each method.
+COLUMNS = ("Item_Name", "Length", "Width", "Height", "Quantity")  # Jumanji's, of a file of items.
+HEADER = ",".join(COLUMNS)
+MOST = 1000  # Item slots, and spaces.
 DEVICES = "devices"  # The axis that pmap maps over all devices.
 CACHE_DIR = "~/.cache/search-distill-binpack"
 
@@ -88,6 +94,7 @@ LocalPath = Annotated[str, AfterValidator(no_address)]
 UserPath = Annotated[LocalPath, AfterValidator(with_home)]
 Folder = Annotated[UserPath, Field(min_length=1)]
 Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Millimetres = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class FrozenModel(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -107,9 +114,9 @@ class Sizes(FrozenModel):
     `max_num_items` - 1 items, and BinPack-v2's exactly so many."""
 
     env_id: Literal["BinPack-v2"] = Field("BinPack-v2", description="the Jumanji environment")
-    max_num_items: Annotated[int, Field(ge=2, le=1000)] = Field(20, description="item slots; one more than items")
-    max_num_ems: Annotated[int, Field(ge=1, le=1000)] = Field(40, description="spaces (EMSs) that are kept")
-    obs_num_ems: Annotated[int, Field(ge=1, le=1000)] = Field(40, description="spaces that are shown, the largest")
+    max_num_items: Annotated[int, Field(ge=2, le=MOST)] = Field(20, description="item slots; one more than items")
+    max_num_ems: Annotated[int, Field(ge=1, le=MOST)] = Field(40, description="spaces (EMSs) that are kept")
+    obs_num_ems: Annotated[int, Field(ge=1, le=MOST)] = Field(40, description="spaces that are shown, the largest")
     split_num_same_items: Annotated[int, Field(ge=2)] = Field(
         2, description="pieces that a space is cut into at a time, at most; above 2 the number of items varies"
     )
@@ -996,19 +1003,27 @@ with warnings.catch_warnings():
         n: PositiveInt = Field(32, description="sampled episodes beside the greedy one (policy=best_of_n)")
         seed: Seed = Field(1_000_000, description="seed that fixes the instances, by default as in training")
         num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
+        instances: tuple[UserPath, ...] = Field((), description=f"own items instead: files of {HEADER}, in millimetres")
+        container: tuple[Millimetres, Millimetres, Millimetres] = Field(
+            (5870, 2330, 2200), description="length, width and height of the container for own items, in millimetres"
+        )
+        plan: UserPath = Field(
+            "", description=".csv or .json of what goes where in the order of loading: each file's best row"
+        )
         max_num_items: NonNegativeInt = Field(0, description="item slots of the instances (0: as in training)")
         max_num_ems: NonNegativeInt = Field(0, description="spaces that are kept (0: as in training)")
         obs_num_ems: NonNegativeInt = Field(0, description="spaces that are shown (0: as in training)")
         split_num_same_items: NonNegativeInt = Field(0, description="most pieces of a cut (0: as in training)")
         json: UserPath = Field("", description="file for the table's figures and each instance's utilisation")
         render: UserPath = Field("", description=".gif or .png of the first two rows on one instance, side by side")
-        instance: NonNegativeInt = Field(0, description="number of the instance to render")
+        instance: NonNegativeInt = Field(0, description="number, from 0, of the instance or file to render")
         curves: UserPath = Field("", description=".png of the learning curves: means, bands over runs of a folder")
 
-        @field_validator("json", "render", "curves")
+        @field_validator("json", "plan", "render", "curves")
         @classmethod
         def _can_be_written(cls, value: str, info) -> str:
-            endings = {"json": (".json",), "render": (".gif", ".png"), "curves": (".png",)}[info.field_name]
+            endings = dict(json=(".json",), plan=(".csv", ".json"), render=(".gif", ".png"), curves=(".png",))
+            endings = endings[info.field_name]
             if value and not value.endswith(endings):
                 raise ValueError(f"expected a file that ends in {' or '.join(endings)}")
             path = Path(value)
@@ -1075,8 +1090,197 @@ def table(rows: list[dict]) -> str:
         cells[-1] += [f"{row['solved_rate']:.1%}", f"{row['packed_items']:.2f}"]
         cells[-1] += [f"{row['decisions_per_second']:,.0f}", f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"]
     cells[1][-1] = ""
+    return aligned(cells)
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """Lines of cells as text, in columns."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+# ===================================================== Own items ======================================================
+class Item(NamedTuple):
+    """An item of a file, in millimetres along x, y and z."""
+
+    name: str
+    length: int
+    width: int
+    height: int
+
+
+def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Number, as a spreadsheet counts, and values of each row of a CSV file that is not blank. Spaces around values do
+    not count, nor empty values at the end of a row. Raises `UsageError`."""
+    row = 0
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "no regular file")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        for row, cells in enumerate(csv.reader(io.StringIO(text, None), skipinitialspace=True, strict=True), 1):
+            cells = [" ".join(cell.split()) for cell in cells]
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                yield row, cells
+    except OSError as error:
+        raise UsageError(f"{path}: expected a .csv with {HEADER}, got '{error.strerror}'; give another file") from None
+    except UnicodeDecodeError as error:
+        row = len(re.findall(rb"\r\n?|\n", error.object[: error.start])) + 1
+        raise UsageError(f"{path}, row {row}: expected text in UTF-8, got other bytes; save it as CSV UTF-8") from None
+    except csv.Error as error:
+        hint = 'type " around a whole value or not at all'
+        raise UsageError(f"{path}, row {row + 1}: expected values with commas between, got '{error}'; {hint}") from None
+
+
+def read_items(path: str, container: tuple[int, int, int]) -> list[Item]:
+    """The items of a file in the format of Jumanji's `CSVGenerator`, with its columns in any order. Raises
+    `UsageError`, with the row, for anything that is not plainly a list of items that each fit the container."""
+
+    def expect(fits: Any, what: str, got: Any, hint: str) -> None:
+        if not fits:
+            raise UsageError(f"{path}, row {row}: expected {what}, got {str(got)[:60]!r}; type {hint}")
+
+    items, columns, row = [], [], 0
+    for row, cells in read_rows(path):
+        line = ",".join(cells)
+        if not columns:
+            columns = [cell.lower().replace(" ", "_") for cell in cells]
+            expect(
+                sorted(columns) == sorted(HEADER.lower().split(",")), HEADER, line, "these names, with commas between"
+            )
+            continue
+        expect(len(cells) == 5, "5 values, with commas between", line, f'{HEADER}, with " around a name with a comma')
+        values = dict(zip(columns, cells))
+        name, *numbers = (values[column.lower()] for column in COLUMNS)
+        expect(name and not re.search(r"[\x00-\x1f\x7f-\x9f]", name), "an Item_Name", line, f"one, such as item_{row}")
+        for column, number in zip(COLUMNS[1:], numbers):
+            is_number = re.fullmatch(r"\+?[0-9]{1,9}", number) and int(number) > 0
+            expect(is_number, f"{column} as a whole number above 0", number, "digits alone, lengths in millimetres")
+        *lengths, quantity = map(int, numbers)
+        for column, length, most in zip(COLUMNS[1:], lengths, container):
+            what = f"{column} of {name} up to {most}, the container's"
+            expect(length <= most, what, length, "lengths that fit (items are not turned), or another container=")
+        total = len(items) + quantity
+        expect(total < MOST, f"at most {MOST - 1} items in a file", f"{total} up to here", "a smaller Quantity")
+        items += [Item(name, *lengths)] * quantity
+    row += 1
+    what, example = ("an item", "Carton,600,400,400,12") if columns else (HEADER, HEADER)
+    expect(items, what, "end of the file", example)
+    return items
+
+
+def sizes_for(files: dict[str, list[Item]], config: Config) -> dict[str, int]:
+    """Sizes that hold the items of every file. The keys may set the numbers of spaces."""
+    items = max(map(len, files.values()))
+    spaces = config.max_num_ems or max(40, min(2 * items, MOST))
+    shown = config.obs_num_ems or min(40, spaces)
+    return dict(max_num_items=items + 1, max_num_ems=spaces, obs_num_ems=shown, split_num_same_items=2)
+
+
+def make_own_generator(files: dict[str, list[Item]], keys: np.ndarray, sizes: Sizes, container: tuple) -> Any:
+    """A generator of Jumanji: the i-th key, as `make_rollout` folds it, gives the items of the i-th file."""
+    with importing_jumanji():
+        from jumanji.environments.packing.bin_pack.generator import CSVGenerator
+
+    class OwnItems(CSVGenerator):
+        def _read_csv(self, items: list[Item]) -> list[tuple]:
+            return [(*item, 1) for item in items] + [("padding", 0, 0, 0, sizes.max_num_items - len(items))]
+
+        def __call__(self, key: jax.Array) -> State:
+            found = (folded == key).all(1).argmax()
+            items = jax.tree.map(lambda *x: jnp.stack(x)[found], *(x.instance_from_csv.items for x in generators))
+            return self.instance_from_csv.replace(items=items, items_mask=items.x_len > 0)
+
+    folded = np.asarray(jax.vmap(jax.random.fold_in, (0, None))(keys, sizes.max_decisions))
+    generators = [OwnItems(items, sizes.max_num_ems, container) for items in files.values()]
+    return generators[0]
+
+
+PLACE = ("x", "y", "z", "length", "width", "height")
+
+
+def overlap(lower: np.ndarray, upper: np.ndarray, axes: list[int]) -> np.ndarray:
+    """Whether two of N boxes overlap along all of some axes, bool [N, N]."""
+    lower, upper = lower[:, axes], upper[:, axes]
+    return ((lower[:, None] < upper) & (lower < upper[:, None])).all(-1)
+
+
+def loading_order(lower: np.ndarray, upper: np.ndarray) -> list[int]:
+    """The order in which boxes [N, 3] go through a door at the far end of x: each after what lies under it and behind
+    it, and from the back to the door. Where boxes wait for one another in a circle, what lies under comes first."""
+    under = (upper[:, None, 2] <= lower[:, 2]) & overlap(lower, upper, [0, 1])  # [N, N], the first under the second.
+    behind = (upper[:, None, 0] <= lower[:, 0]) & overlap(lower, upper, [1, 2])
+    order, waiting = [], np.ones(len(lower), bool)
+    for _ in range(len(lower)):
+        free = waiting & ~(under | behind)[waiting].any(0)
+        free = free if free.any() else waiting & ~under[waiting].any(0)
+        order.append(min(np.flatnonzero(free).tolist(), key=lambda i: lower[i, [0, 2, 1]].tolist()))
+        waiting[order[-1]] = False
+    return order
+
+
+def make_plan(state: State, items: list[Item]) -> list[dict]:
+    """What goes where, in the order of loading."""
+    placed = np.flatnonzero(state.items_placed)
+    lower, size = (np.stack(x, -1)[placed].astype(int) for x in (state.items_location, state.items))
+    plan = []
+    for i in loading_order(lower, lower + size):
+        place = dict(zip(PLACE, [*lower[i].tolist(), *size[i].tolist()]))
+        plan.append(dict(item=len(plan) + 1, name=items[placed[i]].name, **place))
+    return plan
+
+
+def check_plan(file: str, plan: list[dict], items: list[Item], container: tuple[int, int, int]) -> None:
+    """Raises `UsageError` unless the plan can be carried out with the items of its file."""
+    lower, size = np.split(np.array([[row[key] for key in PLACE] for row in plan], int).reshape(-1, 6), 2, axis=1)
+    used = collections.Counter(Item(row["name"], *lengths) for row, lengths in zip(plan, size.tolist()))
+    for fits, what in (
+        ((lower >= 0).all() and (lower + size <= container).all(), "every item inside the container"),
+        (not np.triu(overlap(lower, lower + size, [0, 1, 2]), 1).any(), "no two items in one place"),
+        (used <= collections.Counter(items), "only the file's items, each once"),
+    ):
+        if not fits:
+            raise UsageError(f"{file}: expected a plan with {what}, got another; nothing was written, please report it")
+
+
+def pack(files: dict[str, list[Item]], play: Callable, keys: np.ndarray, container: tuple) -> list[dict]:
+    """Plays the instance of each file -> its figures and plan."""
+    rows = []
+    for (file, items), key in zip(files.items(), keys):
+        state = play(key)[-1]
+        plan = make_plan(state, items)
+        check_plan(file, plan, items, container)
+        rest = collections.Counter(item.name for item in items) - collections.Counter(row["name"] for row in plan)
+        row = dict(file=file, utilisation=utilisation(state), items=len(items), packed_items=len(plan))
+        rows.append(row | dict(left_out=dict(rest), plan=plan))
+    return rows
+
+
+def own_table(rows: list[dict]) -> str:
+    """The rows as text, one line each."""
+    cells = [["", "policy", "file", "utilisation", "items", "left out"]]
+    for row in rows:
+        rest = ", ".join(f"{count} x {name}" for name, count in row["left_out"].items()) or "nothing"
+        packed = f"{row['packed_items']} of {row['items']}"
+        cells.append([row["checkpoint"], row["policy"], row["file"], f"{row['utilisation']:.2%}", packed, rest])
+    return aligned(cells)
+
+
+def write_plan(path: str, container: tuple[int, int, int], rows: list[dict]) -> None:
+    """Writes the plan of each file's best row, and in each line the file where there are several."""
+    best = {row["file"]: row for row in sorted(rows[::-1], key=lambda row: row["utilisation"])}
+    files = list(dict.fromkeys(row["file"] for row in rows))
+    lines = [(dict(file=file) if files[1:] else {}) | item for file in files for item in best[file]["plan"]]
+    text = io.StringIO()
+    if path.endswith(".json"):
+        text.write(json.dumps(dict(container=container, items=lines), indent=1) + "\n")
+    else:
+        columns = ["file", "item", "name", *PLACE] if files[1:] else ["item", "name", *PLACE]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    Path(path).write_text(text.getvalue(), encoding="utf-8")
 
 
 # ====================================================== Pictures ======================================================
@@ -1095,6 +1299,21 @@ def make_state_player(checkpoint: Checkpoint, policy: Policy) -> Callable[[Any, 
         length = trajectory.mask[0].sum()
         pairs = [jax.tree.map(lambda x: x[0, t], trajectory.decision) for t in range(length)]
         return [state for state, _ in pairs] + [jax.device_get(step(*pairs[-1])[0])]
+
+    return play
+
+
+def make_best_player(checkpoint: Checkpoint, attempts: list) -> Callable[[jax.Array], list[State]]:
+    """Returns play(key [2]) -> the states of the best of the attempts' episodes. One that places all is the last."""
+    players = {policy: make_state_player(checkpoint, policy) for policy, _ in attempts}
+
+    def play(key: jax.Array) -> list[State]:
+        best: list[State] = []
+        for policy, params in attempts:
+            if not best or (best[-1].items_mask & ~best[-1].items_placed).any():
+                states = players[policy](params, key)
+                best = states if not best or utilisation(states[-1]) > utilisation(best[-1]) else best
+        return best
 
     return play
 
@@ -1207,54 +1426,79 @@ def distinct_names(paths: list[Path], parts: int) -> list[str]:
     return names if told_apart else distinct_names(paths, parts + 1)
 
 
-def evaluate(words: list[str], paths: list[str], config: Config) -> None:
-    """Does what the configuration asks for. `words`, the command line, is kept with the figures."""
+def check_keys(paths: list[str], config: Config) -> None:
+    """Raises `UsageError` for keys that do not go together."""
     wanting = [name for name in config.policy if name not in FLOORS]
     if not paths and (wanting or config.curves or not config.policy):
         asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
         hint = f"type python evaluate.py CHECKPOINT ..., or one of policy={','.join(FLOORS)}"
         raise UsageError(f"{asked}: expected a checkpoint, got none; {hint}")
-    if config.render and config.instance >= config.num_episodes:
-        raise UsageError(
-            f"instance={config.instance}: expected below {config.num_episodes}, num_episodes; type instance=0"
-        )
-    if config.render and not config.policy:
-        raise UsageError("render: expected a policy to play with, got policy=[]; type policy=greedy")
-    start_jax(config.num_episodes)
+    number, own = len(config.instances) or config.num_episodes, bool(config.instances)
+    if config.render and config.instance >= number:
+        what = f"expected below {number}, the number of {'files' if own else 'instances, num_episodes'}"
+        raise UsageError(f"instance={config.instance}: {what}; type instance=0")
+    if (config.render or own) and not config.policy:
+        key = "render" if config.render else "instances"
+        raise UsageError(f"{key}: expected a policy to play with, got policy=[]; type policy=greedy")
+    excluded = ("num_episodes", "max_num_items", "split_num_same_items") if own else ("plan", "container")
+    for key in excluded:
+        if key in config.model_fields_set:
+            what = "expected no such key beside instances" if own else "expected instances=FILE.csv beside it, got none"
+            raise UsageError(f"{key}: {what}; drop {key}")
+    named = [Path(path).resolve() for path in (*config.instances, config.plan, config.json) if path]
+    if len(set(named)) < len(named):
+        raise UsageError("instances, plan, json: expected different files, got one of them twice; give another name")
+
+
+def evaluate(words: list[str], paths: list[str], config: Config) -> None:
+    """Does what the configuration asks for. `words`, the command line, is kept with the figures."""
+    check_keys(paths, config)
+    titles = distinct_names([Path(path) for path in config.instances], 1)
+    files = {title: read_items(path, config.container) for title, path in zip(titles, config.instances)}
+    start_jax(1 if files else config.num_episodes)
     use_compilation_cache(CACHE_DIR)
-    given = {key: getattr(config, key) for key in SIZES if getattr(config, key)}
+    given = sizes_for(files, config) if files else {key: getattr(config, key) for key in SIZES if getattr(config, key)}
     checkpoints = [load_checkpoint(path, **given) for path in paths]
     sizes = played_sizes(checkpoints, given) if config.policy else None
+    keys, rows, pictures = evaluation_keys(config.seed, len(files) or config.num_episodes), [], []
+    without = [without_network(sizes)] if {*config.policy} & {*FLOORS} else []
+    if files:
+        generator = make_own_generator(files, keys, sizes, config.container)
+        with_items = lambda c: dataclasses.replace(c, env=c.script.make_env(sizes, generator))
+        checkpoints, without = [*map(with_items, checkpoints)], [*map(with_items, without)]
     run_dirs = list(dict.fromkeys(checkpoint.path.parent for checkpoint in checkpoints))
     curves = {run_dir: read_curve(run_dir) for run_dir in run_dirs if config.curves}
     parts = 3 if any(c.path.name.startswith("iter_") for c in checkpoints) else 1  # iter_000300 needs its folders.
     names = dict(zip(checkpoints, distinct_names([c.path.with_suffix("") for c in checkpoints], parts)))
-    keys, rows, pictures = evaluation_keys(config.seed, config.num_episodes), [], []
     for policy in config.policy:
-        for checkpoint in [without_network(sizes)] if policy in FLOORS else checkpoints:
+        for checkpoint in without if policy in FLOORS else checkpoints:
             name = names.get(checkpoint, "")
             attempts, search = make_attempts(policy, checkpoint, checkpoints, config)
-            episodes, speed = score(f"{name} {policy}", checkpoint, attempts, keys)
-            row = dict(checkpoint=name, policy=policy, sizes=sizes.model_dump()) | summarise(episodes)
-            row |= dict(decisions_per_second=speed, returns=episodes.returns.tolist())
-            row["difference"] = difference(episodes.returns, np.array(rows[0]["returns"] if rows else row["returns"]))
-            row |= dict(search=search) if search else {}
+            play = make_best_player(checkpoint, attempts)
+            row = dict(checkpoint=name, policy=policy, sizes=sizes.model_dump())
+            origin = dict(search=search) if search else {}
             if name:
                 training = dict(method=checkpoint.method, iteration=checkpoint.iteration, frames=checkpoint.frames)
-                row["training"] = training | dict(config=checkpoint.config.model_dump(mode="json"))
-            rows.append(row)
+                origin["training"] = training | dict(config=checkpoint.config.model_dump(mode="json"))
+            if files:
+                rows += [row | packed | origin for packed in pack(files, play, keys, config.container)]
+            else:
+                episodes, speed = score(f"{name} {policy}", checkpoint, attempts, keys)
+                row |= summarise(episodes) | dict(decisions_per_second=speed, returns=episodes.returns.tolist())
+                first = np.array(rows[0]["returns"] if rows else row["returns"])
+                rows.append(row | dict(difference=difference(episodes.returns, first)) | origin)
             if config.render and len(pictures) < 2:
-                players = {policy: make_state_player(checkpoint, policy) for policy, _ in attempts}
-                played = [players[policy](params, keys[config.instance]) for policy, params in attempts]
-                best = max(played, key=lambda states: utilisation(states[-1]))
-                pictures.append((f"{name} {row['policy']}".strip(), best))
+                title = [name, policy, *titles[config.instance : config.instance + 1]]
+                pictures.append((" ".join(filter(None, title)), play(keys[config.instance])))
     if rows:
-        print(table(rows))
+        print(own_table(rows) if files else table(rows))
     if config.json:
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         file = dict(command=shlex.join(["python", "evaluate.py", *words]), commit=commit(), device=device)
         file |= dict(versions=library_versions(), **config.model_dump(mode="json"), rows=rows)
         Path(config.json).write_text(json.dumps(file, indent=1) + "\n")
+    if config.plan:
+        write_plan(config.plan, config.container, rows)
     if pictures:
         draw_episodes(config.render, pictures)
     if config.curves:

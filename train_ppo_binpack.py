@@ -154,8 +154,8 @@ PRESETS = {  # As one would type them.
 
 
 # ================================ Environment (twin section: the same in both scripts) ================================
-def make_env(sizes: ev.Sizes) -> BinPack:
-    """Jumanji's BinPack, equal bit for bit, with an update of the EMSs that has no sequential loop."""
+def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
+    """Jumanji's BinPack, bit for bit, of random instances or a generator's. The EMSs' update has no sequential loop."""
     with ev.importing_jumanji():
         from jumanji.environments import BinPack
         from jumanji.environments.packing.bin_pack.generator import RandomGenerator
@@ -172,7 +172,8 @@ def make_env(sizes: ev.Sizes) -> BinPack:
             shown = indexes[: self.obs_num_ems]
             return jax.tree.map(lambda x: x[shown], ems), ems_mask[shown], indexes
 
-    generator = RandomGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=sizes.split_num_same_items)
+    split = sizes.split_num_same_items
+    generator = generator or RandomGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=split)
     return FastBinPack(generator, obs_num_ems=sizes.obs_num_ems)
 
 

@@ -80,8 +80,8 @@ def share_programs(module, name: str, is_key: Callable[[str], bool] = lambda key
         if isinstance(argument, (script.Config, ppo.Config)):
             return type(argument), *((key, value) for key, value in argument if is_key(key))
         kind = type(argument).__name__
-        if kind == "FastBinPack":
-            generator = argument.generator
+        generator = getattr(argument, "generator", None)
+        if kind == "FastBinPack" and type(generator).__name__ == "RandomGenerator":
             return kind, argument.obs_num_ems, *vars(generator).items()
         return kind if kind == "Transformed" else argument
 
