@@ -356,7 +356,7 @@ class PackingNetwork(hk.Module):
         # One program for all layers, with parameters [layers, ...]: it compiles as fast as one layer.
         spaces, items = hk.layer_stack(config.num_transformer_layers, name="layers")(layer)(spaces, items)
         spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
-        logits, hidden = policy_head(config, spaces, items, pairs)
+        logits, hidden = policy_head(config, spaces, items, pairs, tokens.legal)
         return scatter_logits(logits, observation.action_mask), value_head(spaces, items, hidden, tokens)
 
 
@@ -470,18 +470,30 @@ def _norm(x: jax.Array, name: str) -> jax.Array:
     return hk.LayerNorm(-1, create_scale=True, create_offset=True, name=name)(x)
 
 
-def policy_head(config: Config, spaces, items, pairs) -> tuple[jax.Array, jax.Array]:
+def policy_head(config: Config, spaces, items, pairs, legal) -> tuple[jax.Array, jax.Array]:
     """Logits of the pairs of tokens [..., E, I], bilinear in the tokens plus a small layer that sees each pair and its
-    relations, and that layer's hidden units [..., E, I, U]."""
+    relations, and the sum of that layer's hidden units over the legal pairs [..., U]."""
     width, units = spaces.shape[-1], config.pair_units
     q, k = hk.Linear(width, name="policy_ems")(spaces), hk.Linear(width, name="policy_items")(items)
     logits = jnp.einsum("...ed,...id->...ei", q, k) / math.sqrt(width)
-    hidden = jax.nn.relu(
-        hk.Linear(units, with_bias=False, name="pair_ems")(spaces)[..., :, None, :]
-        + hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
-        + hk.Linear(units, name="pair_relations")(pairs)
-    )
-    return logits + hk.Linear(1, with_bias=False, name="pair_out")(hidden)[..., 0], hidden
+    of_ems = hk.Linear(units, with_bias=False, name="pair_ems")(spaces)[..., :, None, :]
+    of_items = hk.Linear(units, with_bias=False, name="pair_items")(items)[..., None, :, :]
+    of_relations, out = hk.Linear(units, name="pair_relations"), hk.Linear(1, with_bias=False, name="pair_out")
+
+    def pair_layer(arguments):
+        of_ems, of_items, pairs, legal = arguments
+        hidden = jax.nn.relu(of_ems + of_items + of_relations(pairs))  # [..., E, I, U]
+        summed = jnp.einsum("...ei,...eiu->...u", legal.astype(jnp.float32), hidden)
+        return out(hidden)[..., 0], summed
+
+    arguments = of_ems, of_items, pairs, legal
+    if jax.default_backend() != "cpu" or hk.running_init():
+        more, summed = pair_layer(arguments)
+    else:  # Observation by observation: the hidden units of one stay in a core's cache, those of a batch do not.
+        batch = legal.shape[:-2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), arguments)
+        more, summed = (x.reshape(*batch, *x.shape[1:]) for x in hk.map(pair_layer, flat))
+    return logits + more, summed
 
 
 def scatter_logits(logits: jax.Array, action_mask: jax.Array) -> jax.Array:
@@ -492,13 +504,15 @@ def scatter_logits(logits: jax.Array, action_mask: jax.Array) -> jax.Array:
     return jnp.where(legal, jnp.take_along_axis(logits, pair_token, -1, mode="promise_in_bounds"), MASKED)
 
 
-def value_head(spaces, items, hidden, tokens: Tokens) -> jax.Array:
+def value_head(spaces, items, hidden_sum, tokens: Tokens) -> jax.Array:
     """Value [...]: what the items that still fit somewhere can add, times a fraction."""
-    masked_mean = lambda x, mask: (x * mask[..., None]).sum(-2) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    hidden, legal = (x.reshape(*items.shape[:-2], -1, *x.shape[items.ndim :]) for x in (hidden, tokens.legal))
-    pooled = [masked_mean(spaces, tokens.legal.any(-1)), masked_mean(items, tokens.legal.any(-2))]
-    pooled = jnp.concatenate([*pooled, masked_mean(hidden, legal)], -1)
-    fraction = jax.nn.sigmoid(hk.nets.MLP([spaces.shape[-1], 1], name="value")(pooled)[..., 0] + 1.0)
+    legal = tokens.legal
+    pooled = [(spaces * legal.any(-1)[..., None]).sum(-2), (items * legal.any(-2)[..., None]).sum(-2), hidden_sum]
+    counts = legal.any(-1).sum(-1), legal.any(-2).sum(-1), legal.sum((-1, -2))
+    means = [x / jnp.maximum(count[..., None], 1) for x, count in zip(pooled, counts)]
+    fraction = jax.nn.sigmoid(
+        hk.nets.MLP([spaces.shape[-1], 1], name="value")(jnp.concatenate(means, -1))[..., 0] + 1.0
+    )
     return tokens.open_volume * fraction
 
 
@@ -511,49 +525,74 @@ def make_network(config: Config) -> hk.Transformed:
 
 def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int, int], ...]:
     """The sizes that the network is compiled for on such observations: `token_sizes`, or where these are of instances
-    of another size, those with fewer spaces, half and three quarters of the observation, and all of it."""
+    of another size, quarters, halves and all of the observation's spaces and items. With fewer pairs than 96 a pass
+    costs about the same."""
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    sizes = [(spaces, items) for spaces, items in config.token_sizes if spaces < full[0] and items <= full[1]]
-    for size in (tuple(-(-quarters * n // 4) for n in full) for quarters in (2, 3, 4)):
-        if not sizes or (size != sizes[-1] and size[0] >= sizes[-1][0] and size[1] >= sizes[-1][1]):
-            sizes.append(size)
-    return tuple(sizes)
+    shares = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # 9 without (4, 2) and (2, 4), which help little.
+    sizes = {tuple(-(-n // share) for n, share in zip(full, pair)) for pair in shares}
+    sizes = {size for size in sizes if math.prod(size) >= 96 or size == full}
+    return tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
 
 
-def index_of_smallest_size(sizes: tuple, observation: Observation) -> jax.Array:
-    """Index of the first of the sizes that holds an observation, int32 [...]."""
+def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
+    """Index of the first of the sizes that holds an observation, int32 [...], or all of a batch, int32 []."""
     legal = observation.action_mask
-    spaces, items = legal.any(-1).sum(-1), legal.any(-2).sum(-1)
-    return sum(((spaces > size[0]) | (items > size[1]) for size in sizes[:-1]), start=jnp.zeros_like(spaces))
+    used = [legal.any(axis).sum(-1) for axis in (-1, -2)]  # Spaces, items.
+    spaces, items = (x.max() for x in used) if batch else used
+    holds = [(spaces <= size[0]) & (items <= size[1]) for size in sizes[:-1]]
+    return jnp.stack([*holds, jnp.ones_like(spaces, bool)]).argmax(0).astype(jnp.int32)
 
 
 def at_smallest_size(function: Callable, sizes: tuple, observation: Observation, *arguments: Any) -> Any:
     """function(size, *arguments) at the first of the sizes that holds every row of a batch of observations. A loss is
     differentiated inside of it: the gradient of the switch would store and copy the residuals of all sizes."""
     branches = [functools.partial(function, size) for size in sizes]
-    return jax.lax.switch(index_of_smallest_size(sizes, observation).max(), branches, *arguments)
+    return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
+
+
+def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, rows: Any) -> tuple:
+    """Takes the rows of a batch in parts: rows that need the same size are brought together, and each part is run at
+    its own. Returns function(size, rows of a part) of all parts, leaves [parts, ...], and the order of the rows."""
+    order = jnp.argsort(index_of_smallest_size(sizes, observation))
+    parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), (observation, rows))
+    return jax.lax.map(lambda part: at_smallest_size(function, sizes, *part), parts), order
+
+
+def rows_of_a_part(num_rows: int) -> int:
+    """How many rows of a batch the network plays at a time: on a CPU at most 16, which fit the caches."""
+    most = 16 if jax.default_backend() == "cpu" else num_rows
+    return max(n for n in range(1, most + 1) if num_rows % n == 0)
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []), for one network and, under `vmap`, for a batch
-    at its smallest size; one observation alone is run at the largest. The size must be chosen from all rows together,
-    so we define the vmap rule ourselves. Not differentiable: losses use `network.apply`."""
-
-    at_size = lambda size, params, observation: network.apply(params, None, observation, size)
+    """Returns predict(params, observation) -> (logits [A], value []), for one network and, under `vmap`, for a batch in
+    parts; one observation alone is run at the largest size. Parts are chosen from all rows together, so we define the
+    vmap rule ourselves. Rows without a legal action stand together, and cost nothing. Not differentiable: losses use
+    `network.apply`."""
 
     @jax.custom_batching.custom_vmap
     def predict(params, observation):
-        return at_size(None, params, observation)
+        return network.apply(params, None, observation, None)
 
     @predict.def_vmap
     def _(axis_size, in_batched, params, observation):
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
         rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
         observation = jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
-        sizes = sizes_of_tokens(config, observation)
-        return at_smallest_size(at_size, sizes, observation, params, observation), (True, True)
+        num_parts = axis_size // rows_of_a_part(axis_size)
+
+        def at_size(size, observation):
+            if size != (0, 0):
+                return network.apply(params, None, observation, size)
+            legal = observation.action_mask
+            return jnp.full((len(legal), legal[0].size), MASKED), jnp.zeros(len(legal))
+
+        sizes = ((0, 0), *sizes_of_tokens(config, observation))
+        parts, order = in_parts(at_size, sizes, num_parts, observation, observation)
+        flat = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), parts)
+        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat), (True, True)
 
     return predict
 
@@ -616,6 +655,7 @@ class Node(NamedTuple):
     actions: jax.Array  # int32 [K], the flat actions of highest prior, best first; illegal ones fill up
     logits: jax.Array  # [K], their prior, `MASKED` where illegal
     value: jax.Array  # [], estimate of the return from here
+    solved: jax.Array  # bool [], the completion from here places every item
 
 
 class Decision(NamedTuple):
@@ -626,16 +666,19 @@ class Decision(NamedTuple):
     prior: jax.Array  # [K], the network's log-probabilities among these
 
 
-def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[[Any, State, Any], Node]:
-    """Returns make_node(params, state, observation) -> Node, with the value that `leaf_value` names."""
+def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[..., Node]:
+    """Returns make_node(params, state, observation, known, value, solved) -> Node, with the value that `leaf_value`
+    names. A completion whose outcome is known, `value` and `solved`, is not played again."""
     predict = make_predict(network, config)
 
-    def network_node(params: Any, state: State, observation: Observation) -> Node:
+    def network_node(params: Any, state: State, observation: Observation, *_) -> Node:
         logits, value = predict(params, observation)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
-        return Node(actions, logits, value)
+        return Node(actions, logits, value, jnp.array(False))
 
-    def completion_node(params: Any, state: State, observation: Observation) -> Node:
+    def completion_node(
+        params: Any, state: State, observation: Observation, known=False, value=0.0, solved=False
+    ) -> Node:
         """The same with the return of playing greedily to the end as the value; the first pass gives the prior."""
 
         def body(carry):
@@ -644,13 +687,16 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
             state, timestep = step_flat(env, state, argmax(logits))
             prior = jnp.where(t == 0, logits, prior)
             total += discount * timestep.reward
-            return t + 1, prior, state, timestep.observation, total, discount * config.discount
+            legal = timestep.observation.action_mask & ~jnp.asarray(known)  # What is known ends after the first pass.
+            observation = timestep.observation._replace(action_mask=legal)
+            return t + 1, prior, state, observation, total, discount * config.discount
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
         init = (0, prior, state, observation, jnp.float32(0.0), jnp.float32(1.0))
-        _, prior, _, _, total, _ = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
+        _, prior, end, _, total, _ = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
         logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
-        return Node(actions, logits, total)
+        solved = jnp.where(known, solved, (end.items_placed | ~end.items_mask).all())
+        return Node(actions, logits, jnp.where(known, value, total), solved)
 
     return completion_node if config.leaf_value == "completion" else network_node
 
@@ -662,7 +708,9 @@ def make_search_policy(
 
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
-    optimum. The memory is the next root: the chosen child has been evaluated by the search that chose it.
+    optimum. That of the child on the greedy line is what remains of its parent's; and without noise nothing is looked
+    for below a node whose completion places every item. The memory is the next root: the chosen child has been
+    evaluated by the search that chose it.
     """
     make_node = make_node_function(env, network, config)
     qtransform = functools.partial(
@@ -675,18 +723,21 @@ def make_search_policy(
     def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
-        state, actions = jax.tree.map(lambda x: x[0], embedding)
-        state, timestep = step_flat(env, state, actions[action[0]])
-        node = make_node(params, state, timestep.observation)
+        state, parent = jax.tree.map(lambda x: x[0], embedding)
+        state, timestep = step_flat(env, state, parent.actions[action[0]])
+        is_greedy = action[0] == 0
+        value = jnp.where(is_greedy, (parent.value - timestep.reward) / config.discount, 0.0)
+        known = is_greedy | (parent.solved & (gumbel_scale == 0))
+        node = make_node(params, state, timestep.observation, known, value, parent.solved)
         discount = config.discount * timestep.discount
         output = mctx.RecurrentFnOutput(
             reward=timestep.reward, discount=discount, prior_logits=node.logits, value=node.value
         )
-        return jax.tree.map(lambda x: x[None], (output, (state, node.actions)))
+        return jax.tree.map(lambda x: x[None], (output, (state, node)))
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
         legal = legal_actions(observation)[root.actions]
-        output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root.actions))
+        output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root))
         output = mctx.gumbel_muzero_policy(
             params=params,
             rng_key=key,
@@ -701,7 +752,7 @@ def make_search_policy(
         output = jax.tree.map(lambda x: x[0], output)
         tree = output.search_tree
         child = tree.children_index[0, output.action]
-        next_node = Node(tree.embeddings[1][child], tree.children_prior_logits[child], tree.raw_values[child])
+        next_node = jax.tree.map(lambda x: x[child], tree.embeddings[1])
         prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
         return root.actions[output.action], Decision(root.actions, output.action_weights, prior), next_node
 
@@ -835,19 +886,17 @@ def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array
 
 
 def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: Any) -> Any:
-    """gradients(size, params, batch) -> ((loss, metrics), grads), sums over the rows of a minibatch, taken in
-    up to four parts: rows that need the same size are brought together, and each part is run at its own. The gradient
-    is one vector, so that what follows is one operation and not one for each parameter."""
+    """gradients(size, params, batch) -> ((loss, metrics), grads), sums over the rows of a minibatch, taken in up to
+    four parts. The gradient is one vector, so that what follows is one operation and not one for each parameter."""
     sizes = sizes_of_tokens(config, batch.observation)
-    order = jnp.argsort(index_of_smallest_size(sizes, batch.observation))
-    num_parts = math.gcd(len(order), 4) if len(sizes) > 1 else 1
-    parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), batch)
+    num_parts = math.gcd(len(batch.mask), 4) if len(sizes) > 1 else 1
 
-    def of_part(part):
-        sums, grads = at_smallest_size(gradients, sizes, part.observation, params, part)
+    def of_part(size, part):
+        sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, parts))
+    parts, _ = in_parts(of_part, sizes, num_parts, batch.observation, batch)
+    return jax.tree.map(lambda x: x.sum(0), parts)
 
 
 def apply_gradients(config: Config, params: Any, opt_state: Any, loss: jax.Array, grads: jax.Array, rate: jax.Array):

@@ -27,8 +27,8 @@ those of PPO with as many decisions as search distillation from three runs (SEED
     python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
     python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
 
-the table of speeds from tests/benchmarks/throughput.py, that of faults from tests/measure_reliability.py, and that of
-situations from tests/measure_situations.py.
+the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of faults from
+tests/measure_reliability.py, and that of situations from tests/measure_situations.py.
 """
 
 import json
@@ -49,7 +49,7 @@ TABLES = {
     "README.md": ("results",),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
-    "tests/benchmarks/README.md": ("speed",),
+    "tests/benchmarks/README.md": ("speed", "growth"),
 }
 RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
@@ -57,6 +57,7 @@ SHIPPED = ROOT / "tests" / "results" / "checkpoints.json"
 FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
 EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
+GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 SITUATIONS = ROOT / "tests" / "results" / "situations.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
@@ -371,6 +372,38 @@ def speed_table(benchmark: dict) -> str:
     return "\n".join([*lines, "", made, "", "```bash", benchmark["command"], "```"])
 
 
+def growth_table(found: dict) -> str:
+    """A run of tests/benchmarks/growth.py with an earlier checkout beside it."""
+    lines = [
+        "| items | devices | simulations | episodes | decisions/s | before | times as fast | MB a device | before |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        now, before = row["now"], row["before"]
+        speeds = now["decisions_per_second"], before["decisions_per_second"]
+        cells = [row[key] for key in ("items", "devices", "num_simulations", "episodes")]
+        cells += [*(f"{x:.3g}" for x in speeds), f"{speeds[0] / speeds[1]:.2f}"]
+        cells += [f"{x['megabytes']:.0f}" for x in (now, before)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    power = found["powers"][0]
+    commits = found["commits"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"In the first of these settings the time of a decision grows with the number of items to the power"
+            f" {power['now']:.2f} (before: {power['before']:.2f}).",
+            "",
+            f"Measured at commit {commits['now'][:7]}, and before at commit {commits['before'][:7]}, on"
+            f" {found['cores']} CPU cores:",
+            "",
+            "```bash",
+            found["command"],
+            "```",
+        ]
+    )
+
+
 def reliability_table(found: dict) -> str:
     """A run of tests/measure_reliability.py."""
     lines = ["| fault | injected | survived | lost |", "|---|---|---|---|"]
@@ -409,6 +442,7 @@ def tables() -> dict[str, str]:
         reliability=reliability_table(read(RELIABILITY)),
         situations=situations_table(read(SITUATIONS)),
         speed=speed_table(benchmark),
+        growth=growth_table(read(GROWTH)),
     )
 
 

@@ -15,11 +15,13 @@ import train_search_distill_binpack as script
 
 
 def test_visits_are_those_that_the_search_makes(config, params):
-    """Without completions: a pass for the first root and one for each simulation, and no step that is not needed."""
+    """Without completions: a pass for the first root and, until all episodes have ended, one for each simulation, and
+    no step of the environment that is not needed."""
     config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, params, keys)
-    assert sum(passes.values()) == 1 + 19 * config.num_simulations and steps == 19 * (1 + config.num_simulations)
+    most = 1 + 19 * config.num_simulations
+    assert most // 2 < sum(passes.values()) <= most and steps == 19 * (1 + config.num_simulations)
     assert passes[8, 12] > 5 and passes[40, 20] > 5  # Late and early states.
 
 

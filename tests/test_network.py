@@ -87,3 +87,25 @@ def test_the_order_of_spaces_and_items_does_not_matter(params, apply, observatio
     np.testing.assert_allclose(mirrored_value, value, rtol=1e-4, atol=1e-4)
     legal = np.asarray(script.legal_actions(observations))
     assert np.std(np.asarray(logits)[legal]) > 0.1
+
+
+def test_a_batch_is_predicted_in_parts_in_which_ended_rows_cost_nothing(network, params, apply, played):
+    """Of 80 rows in any order, some of them ended, as many passes are made as parts of 16 have live rows."""
+    config, calls = script.Config(), []
+    counted = network._replace(
+        apply=lambda *arguments: jax.debug.callback(calls.append, 0) or network.apply(*arguments)
+    )
+    together = jax.jit(jax.vmap(functools.partial(script.make_predict(counted, config), params)))
+    observations = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), played[1])
+    has_ended = ~np.asarray(script.has_legal_action(observations))
+    rng = np.random.default_rng(0)
+    for ended in (0, 40, 80):
+        kinds = [(has_ended, ended), (~has_ended, 80 - ended)]
+        rows = rng.permutation(np.concatenate([rng.choice(np.flatnonzero(kind), n) for kind, n in kinds]))
+        batch = jax.tree.map(lambda x: x[rows], observations)
+        calls.clear()
+        found = jax.block_until_ready(together(batch))
+        jax.effects_barrier()
+        assert len(calls) == -(-(80 - ended) // 16) if jax.default_backend() == "cpu" else len(calls) <= 1
+        for both in zip(found, apply(params, batch), strict=True):
+            np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)

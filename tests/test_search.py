@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
+import pytest
 
 import evaluate
 import train_search_distill_binpack as script
@@ -164,21 +165,32 @@ def test_search_improves_expected_q_at_every_state(env, network, config, params,
     assert (gain > -1e-6).all() and gain.max() > 1e-4
 
 
-def test_the_carried_root_equals_a_new_one(env, network, config, params, played):
-    """What a search hands on as the next root is what evaluating that state anew gives."""
+@pytest.mark.parametrize("gumbel_scale", [1.0, 0.0])
+def test_the_carried_root_equals_a_new_one(gumbel_scale, env, network, config, params, played):
+    """What a search hands on as the next root is what evaluating that state anew gives, though a completion along the
+    greedy line is not played again. Without noise, a root whose completion places every item is played greedily."""
     states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     config = config.model_copy(update=dict(leaf_value="completion"))
-    policy = script.make_search_policy(env, network, config, 2, 1.0)
+    states = states.replace(
+        items_mask=states.items_placed | observations.action_mask.any(1)
+    )  # So that some are solved.
+    policy = script.make_search_policy(env, network, config, 4, gumbel_scale)
 
     def carry(key, state, observation):
-        action, _, root = policy.act(params, key, state, observation, policy.start(params, state, observation))
+        root = policy.start(params, state, observation)
+        action, _, carried = policy.act(params, key, state, observation, root)
         state, timestep = script.step_flat(env, state, action)
-        return root, policy.start(params, state, timestep.observation), script.has_legal_action(timestep.observation)
+        fresh = policy.start(params, state, timestep.observation)
+        is_greedy = action == root.actions[0]
+        return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.solved
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
-    carried, fresh, goes_on = jax.jit(jax.vmap(carry))(keys, states, observations)
+    carried, fresh, goes_on, is_greedy, solved = jax.jit(jax.vmap(carry))(keys, states, observations)
     assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
+    assert 5 < int((is_greedy & goes_on).sum()) < int(goes_on.sum()) and 0 < int(solved.sum()) < 64
+    assert gumbel_scale > 0 or is_greedy[solved].all()
+    np.testing.assert_array_equal(carried.solved, fresh.solved)
     np.testing.assert_array_equal(carried.actions, fresh.actions)
     np.testing.assert_allclose(carried.logits, fresh.logits, atol=1e-5)
     np.testing.assert_allclose(carried.value, fresh.value, atol=1e-6)

@@ -770,20 +770,28 @@ LARGER = {"30 items": dict(num_items=30), "10 items": dict(num_items=10), "60 sp
 
 @situations(SIZES, "logits in the right places", *LARGER)
 def test_observations_of_other_sizes(situation, agent):
-    """Legal actions alone have logits, and slots that nothing uses change nothing."""
+    """Legal actions alone have logits, which go with their items, and slots that nothing uses change nothing."""
     observation = other(**LARGER[situation]).observation
     logits, value = agent.apply(observation)
     legal = np.asarray(observation.action_mask)
     assert logits.shape == (legal.size,) and np.array_equal(np.asarray(logits) > -1e8, legal.ravel())
     space, item = agent.act(observation)
     assert legal[space, item] and 0 < value <= 1
+    turned = observation._replace(
+        items=jax.tree.map(lambda x: x[::-1], observation.items),
+        items_mask=observation.items_mask[::-1],
+        items_placed=observation.items_placed[::-1],
+        action_mask=observation.action_mask[:, ::-1],
+    )
+    by_pair = np.asarray(logits).reshape(legal.shape)
+    np.testing.assert_allclose(np.asarray(agent.apply(turned)[0]).reshape(legal.shape)[:, ::-1], by_pair, atol=1e-4)
     pad = lambda x, name: jnp.pad(
         x, [(0, 3), (0, 2)] if "action" in name else [(0, 3 if name.startswith(".ems") else 2)]
     )
     padded = jax.tree_util.tree_map_with_path(lambda path, x: pad(x, jax.tree_util.keystr(path)), observation)
     wider, same = agent.apply(padded)
     wider = np.asarray(wider).reshape(legal.shape[0] + 3, -1)[:-3, :-2]
-    np.testing.assert_allclose(wider, np.asarray(logits).reshape(legal.shape), atol=1e-4)
+    np.testing.assert_allclose(wider, by_pair, atol=1e-4)
     np.testing.assert_allclose(same, value, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import train_search_distill_binpack as script
 
 SHIPPED = ROOT / "checkpoints" / "search_distill_cpu.pkl"
 TEN = ("max_num_items=10", "max_num_ems=16", "obs_num_ems=12")
-SMALL = (*TEN, "max_num_iters=1", "token_sizes=[[6,6]]")
+SMALL = (*TEN, "max_num_iters=1")
 
 
 def test_the_environment_equals_jumanjis_at_another_size():
@@ -38,14 +38,15 @@ def test_binpack_v2_is_the_default():
 
 
 @pytest.mark.parametrize("size", [(40, 50), (40, 100), (12, 10), (1, 2), (80, 20)], ids=str)
-@pytest.mark.parametrize("token_sizes", [((8, 12), (16, 20), (40, 20)), (), ((3, 90),)], ids=str)
+@pytest.mark.parametrize("token_sizes", [((8, 12), (16, 20), (40, 20)), ((3, 90),)], ids=str)
 def test_sizes_of_tokens_grow_up_to_the_whole_observation(size, token_sizes):
     config = script.Config(token_sizes=token_sizes)
     observation = script.make_env(config).reset(jax.random.PRNGKey(0))[1].observation
     sizes = script.sizes_of_tokens(config, observation._replace(action_mask=jnp.ones(size, bool)))
-    assert sizes[-1] == size
-    for (a, b), (c, d) in zip(sizes, sizes[1:]):
-        assert a <= c and b <= d and (a, b) != (c, d)
+    pairs = [spaces * items for spaces, items in sizes]
+    assert sizes[-1] == size and pairs == sorted(pairs) and len(set(sizes)) == len(sizes)
+    assert len(sizes) == (7 if size in ((40, 50), (40, 100), (80, 20)) else 1)
+    assert all(a <= size[0] and b <= size[1] for a, b in sizes)
 
 
 @pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
@@ -61,11 +62,17 @@ def test_both_scripts_train_at_another_size(module, ppo_words, tmp_path, capsys)
 
 
 def test_a_checkpoint_plays_other_sizes(tmp_path, capsys):
-    words = ["num_episodes=4", "max_num_items=10", "leaf_value=network", f"json={tmp_path}/scores.json"]
+    words = [
+        "num_episodes=4",
+        "max_num_items=10",
+        "obs_num_ems=12",
+        "leaf_value=network",
+        f"json={tmp_path}/scores.json",
+    ]
     assert evaluate.main([str(SHIPPED), "policy=search,largest_first", "num_simulations=2", *words]) == 0
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
     assert [row["sizes"]["max_num_items"] for row in rows] == [10] * 2 and all(row["packed_items"] <= 9 for row in rows)
-    agent = evaluate.load_checkpoint(SHIPPED, max_num_items=10)
+    agent = evaluate.load_checkpoint(SHIPPED, max_num_items=10, obs_num_ems=12)
     assert len(agent.play(seed=0)) <= 10
     again = pickle.loads(pickle.dumps(agent))
     assert again.sizes == agent.sizes and again.config.max_num_items == 20

@@ -12,6 +12,7 @@ given. `checkpoint=` measures with a trained network, whose episodes are longer.
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import os
@@ -160,8 +161,9 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
 
 # ======================================================= Phases =======================================================
 def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
-    """Passes of the network by size and steps of the environment in one collection, each for a whole batch."""
-    calls = {name: 0 for name in (*config.token_sizes, "environment")}
+    """Passes of the network by size, each for a part of a batch, and steps of the environment, each for a whole batch,
+    in one collection."""
+    calls: collections.Counter = collections.Counter()
 
     def count(name: Any, x: jax.Array) -> jax.Array:
         """x, through a call of the host that counts once for a batch."""
@@ -222,6 +224,8 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
     step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
     passes, env_steps = count_visits(config, params, keys)
+    part = script.rows_of_a_part(size)
+    some = jax.tree.map(lambda x: x[:part], observation)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
 
@@ -236,8 +240,8 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
                 keep = lambda x: jnp.where(never.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
                 return act(params, jax.tree.map(keep, observation))
 
-            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(size, jnp.int32), params, observation)
-        flop += number * devices * jax.jit(act).lower(params, observation).compile().cost_analysis()["flops"]
+            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(part, jnp.int32), params, some)
+        flop += number * devices * jax.jit(act).lower(params, some).compile().cost_analysis()["flops"]
 
     samples = script.select_taught(script.make_samples(trajectory, config.discount), config)
     local = config.training_batch_size // devices
@@ -257,7 +261,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     matrix = jnp.ones((side, side), jnp.float32)
     best = devices * 2 * side**3 / seconds_everywhere(jnp.matmul, matrix, matrix)
     mask = np.asarray(trajectory.mask)
-    env_seconds, states_passed = env_steps * step_seconds, devices * size * sum(passes.values())
+    env_seconds, states_passed = env_steps * step_seconds, devices * part * sum(passes.values())
     return dict(
         collect=collect,
         network=network_seconds,
