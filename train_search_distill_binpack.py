@@ -487,9 +487,9 @@ def policy_head(config: Config, spaces, items, pairs, legal) -> tuple[jax.Array,
         return out(hidden)[..., 0], summed
 
     arguments = of_ems, of_items, pairs, legal
-    if jax.default_backend() != "cpu" or hk.running_init():
+    if jax.default_backend() != "cpu" or math.prod(legal.shape[-2:]) < 1000 or hk.running_init():
         more, summed = pair_layer(arguments)
-    else:  # Observation by observation: the hidden units of one stay in a core's cache, those of a batch do not.
+    else:  # Observation by observation: so many hidden units of one stay in a core's cache, those of a batch do not.
         batch = legal.shape[:-2]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), arguments)
         more, summed = (x.reshape(*batch, *x.shape[1:]) for x in hk.map(pair_layer, flat))
