@@ -1510,11 +1510,11 @@ def evaluate(words: list[str], paths: list[str], config: Config) -> None:
         raise error  # The table is lost, though not the files.
 
 
-def commit() -> str:
-    """The commit of this checkout, marked if it was changed; empty outside of one."""
+def commit(checkout: Path = Path(__file__).parent) -> str:
+    """The commit of a checkout, by default this one, marked if it was changed; empty outside of one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):  # Where there is no git.
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip()
     return ""
 
 

@@ -514,8 +514,8 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    shares = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # 9 without (4, 2) and (2, 4), which help little.
-    sizes = {tuple(-(-n // share) for n, share in zip(full, pair)) for pair in shares}
+    divisors = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # (4, 2) and (2, 4) would save little more.
+    sizes = {tuple(-(-n // divisor) for n, divisor in zip(full, pair)) for pair in divisors}
     sizes = {size for size in sizes if math.prod(size) >= 96 or size == full}
     return tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
 

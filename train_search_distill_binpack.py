@@ -530,8 +530,8 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    shares = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # 9 without (4, 2) and (2, 4), which help little.
-    sizes = {tuple(-(-n // share) for n, share in zip(full, pair)) for pair in shares}
+    divisors = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # (4, 2) and (2, 4) would save little more.
+    sizes = {tuple(-(-n // divisor) for n, divisor in zip(full, pair)) for pair in divisors}
     sizes = {size for size in sizes if math.prod(size) >= 96 or size == full}
     return tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
 
@@ -702,15 +702,15 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
 
 
 def make_search_policy(
-    env: BinPack, network: hk.Transformed, config: Config, num_simulations: int, gumbel_scale: float
+    env: BinPack, network: hk.Transformed, config: Config, num_simulations: int, gumbel_scale: float, plays=False
 ) -> Policy:
     """Gumbel MuZero search on the true dynamics (Danihelka et al. 2022, 'Policy improvement by planning with Gumbel').
 
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
-    optimum. That of the child on the greedy line is what remains of its parent's; and without noise nothing is looked
-    for below a node whose completion places every item. The memory is the next root: the chosen child has been
-    evaluated by the search that chose it.
+    optimum. That of the child on the greedy line is what remains of its parent's. The memory is the next root: the
+    chosen child has been evaluated by the search that chose it. A search that `plays`, and does not teach, looks for
+    nothing below a node whose completion places every item.
     """
     make_node = make_node_function(env, network, config)
     qtransform = functools.partial(
@@ -727,7 +727,7 @@ def make_search_policy(
         state, timestep = step_flat(env, state, parent.actions[action[0]])
         is_greedy = action[0] == 0
         value = jnp.where(is_greedy, (parent.value - timestep.reward) / config.discount, 0.0)
-        known = is_greedy | (parent.solved & (gumbel_scale == 0))
+        known = is_greedy | (parent.solved & plays)
         node = make_node(params, state, timestep.observation, known, value, parent.solved)
         discount = config.discount * timestep.discount
         output = mctx.RecurrentFnOutput(
@@ -767,7 +767,7 @@ def make_playing_search(env: BinPack, network: hk.Transformed, config: Config, n
     take the best that it has seen."""
     scale = config.eval_value_scale or config.value_scale
     config = config.model_copy(update=dict(value_scale=scale))
-    return make_search_policy(env, network, config, num_simulations, gumbel_scale=0.0)
+    return make_search_policy(env, network, config, num_simulations, gumbel_scale=0.0, plays=True)
 
 
 # ================================================== Targets and loss ==================================================

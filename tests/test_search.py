@@ -69,7 +69,7 @@ def full_width_search(env, network, config, params, states, observations, num_si
 def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
     """In training and in evaluate.py."""
     made = []
-    make = lambda env, network, config, n, gumbel_scale: made.append((config.value_scale, n, gumbel_scale))
+    make = lambda env, network, config, n, gumbel_scale, **_: made.append((config.value_scale, n, gumbel_scale))
     monkeypatch.setattr(script, "make_search_policy", make)
     for scale, expected in ((7.0, 7.0), (0.0, 0.25)):
         config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
@@ -165,17 +165,17 @@ def test_search_improves_expected_q_at_every_state(env, network, config, params,
     assert (gain > -1e-6).all() and gain.max() > 1e-4
 
 
-@pytest.mark.parametrize("gumbel_scale", [1.0, 0.0])
-def test_the_carried_root_equals_a_new_one(gumbel_scale, env, network, config, params, played):
+@pytest.mark.parametrize("plays", [False, True])
+def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, played):
     """What a search hands on as the next root is what evaluating that state anew gives, though a completion along the
-    greedy line is not played again. Without noise, a root whose completion places every item is played greedily."""
+    greedy line is not played again. In playing, a root whose completion places every item is played greedily."""
     states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     config = config.model_copy(update=dict(leaf_value="completion"))
     states = states.replace(
         items_mask=states.items_placed | observations.action_mask.any(1)
     )  # So that some are solved.
-    policy = script.make_search_policy(env, network, config, 4, gumbel_scale)
+    policy = script.make_search_policy(env, network, config, 4, 0.0 if plays else 1.0, plays)
 
     def carry(key, state, observation):
         root = policy.start(params, state, observation)
@@ -189,7 +189,7 @@ def test_the_carried_root_equals_a_new_one(gumbel_scale, env, network, config, p
     carried, fresh, goes_on, is_greedy, solved = jax.jit(jax.vmap(carry))(keys, states, observations)
     assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
     assert 5 < int((is_greedy & goes_on).sum()) < int(goes_on.sum()) and 0 < int(solved.sum()) < 64
-    assert gumbel_scale > 0 or is_greedy[solved].all()
+    assert is_greedy[solved].all() if plays else not is_greedy[solved].all()
     np.testing.assert_array_equal(carried.solved, fresh.solved)
     np.testing.assert_array_equal(carried.actions, fresh.actions)
     np.testing.assert_allclose(carried.logits, fresh.logits, atol=1e-5)

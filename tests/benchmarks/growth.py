@@ -75,11 +75,6 @@ def fitted_power(items: list[int], speeds: list[float]) -> float:
     return float(-np.polyfit(np.log(items), np.log(speeds), 1)[0])
 
 
-def commit_of(checkout: str) -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip()
-
-
 def main(argv: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     from pydantic import Field
@@ -101,14 +96,14 @@ def main(argv: list[str]) -> int:
         return 2
     firsts = {key: getattr(config, key)[0] for key in ARM[1:]}
     arms = [firsts] + [firsts | {key: value} for key in ARM[1:] for value in getattr(config, key)[1:]]
-    checkouts = {"now": str(ROOT)} | ({"before": str(Path(config.before).resolve())} if config.before else {})
+    checkouts = {"now": ROOT} | ({"before": Path(config.before).resolve()} if config.before else {})
     rows = []
     for arm in arms:
         for items in config.items:
             row = dict(items=items, **arm)
             for name, checkout in checkouts.items():
                 words = [str(row[key]) for key in ARM]
-                command = [sys.executable, __file__, "measure", checkout, *words]
+                command = [sys.executable, __file__, "measure", str(checkout), *words]
                 run = subprocess.run(command, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
                 if run.returncode:
                     raise SystemExit(run.stderr)
@@ -122,7 +117,7 @@ def main(argv: list[str]) -> int:
         if len(mine) > 1:
             powers.append(arm | {name: fitted_power(list(config.items), speeds[name]) for name in checkouts})
     result = dict(command="python tests/benchmarks/growth.py " + " ".join(argv))
-    result |= dict(commits={name: commit_of(checkout) for name, checkout in checkouts.items()})
+    result |= dict(commits={name: evaluate.commit(checkout) for name, checkout in checkouts.items()})
     result |= dict(versions=evaluate.library_versions(), cores=os.cpu_count(), rows=rows, powers=powers)
     if config.out:
         Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
