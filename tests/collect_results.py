@@ -27,8 +27,9 @@ those of PPO with as many decisions as search distillation from three runs (SEED
     python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
     python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
 
-the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of faults from
-tests/measure_reliability.py, and that of situations from tests/measure_situations.py.
+the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of larger instances from
+tests/studies/exact_solver.py and sizes.py, that of faults from tests/measure_reliability.py, and that of situations
+from tests/measure_situations.py.
 """
 
 import json
@@ -46,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results",),
+    "README.md": ("results", "sizes"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
     "tests/benchmarks/README.md": ("speed", "growth"),
@@ -58,6 +59,8 @@ FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
 EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
+SIZES = ROOT / "tests" / "studies" / "sizes.json"
+EXACT = ROOT / "tests" / "studies" / "exact_solver.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 SITUATIONS = ROOT / "tests" / "results" / "situations.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
@@ -66,6 +69,12 @@ FLOOR_LABELS = {
     "random": "random legal actions",
     "largest_first": "largest item into the smallest space",
     "lookahead": "the best of that rule's 16 first choices, each completed by the rule",
+}
+SIZE_LABELS = {
+    "largest_first": "largest item into the smallest space",
+    "cp_sat": "OR-tools' CP-SAT",
+    "ppo": "PPO",
+    "search_distill": "search distillation",
 }
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
@@ -430,6 +439,46 @@ def situations_table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def exact_rows(exact: dict) -> list[dict]:
+    """The exact solver's results, a row for each size and time limit, as those of tests/studies/sizes.py."""
+    rows = []
+    for items in sorted({row["items"] for row in exact["rows"]}):
+        mine = [row for row in exact["rows"] if row["items"] == items]
+        for i, limit in enumerate(exact["seconds"]):
+            returns = [row["utilisation"][i] for row in mine]
+            filled = statistics.mean(x > 1 - 1e-6 for x in returns)
+            seconds = statistics.mean(min(row["last_at"], limit) if row["proven"] else limit for row in mine)
+            found = dict(utilisation=statistics.mean(returns), filled=filled, seconds=seconds, returns=returns)
+            rows.append(dict(name="cp_sat", items=items, limit=limit) | found)
+    return rows
+
+
+def sizes_table(sizes: dict, exact: dict) -> str:
+    """A line a method: utilisation, share filled and time of an instance for each number of items."""
+
+    def label(row: dict) -> str:
+        number = row.get("num_simulations")
+        kind = f", with {number}-simulation search on top" if number else ", network alone"
+        limit = f", up to {row.get('limit')} s"
+        return SIZE_LABELS[row["name"]] + (kind if row["name"] in METHODS else limit if "limit" in row else "")
+
+    def cell(row: dict) -> str:
+        mean, error = mean_and_error([100 * x for x in row["returns"]])
+        time = f"{row['seconds']:.2g} s" if row["seconds"] >= 0.1 else f"{1000 * row['seconds']:.2g} ms"
+        return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.0f} %, {time}"
+
+    rows: dict[str, dict[int, dict]] = {}
+    for row in sorted([*sizes["rows"], *exact_rows(exact)], key=lambda row: [*SIZE_LABELS].index(row["name"])):
+        rows.setdefault(label(row), {})[row["items"]] = row
+    columns = sorted({row["items"] for row in sizes["rows"]})
+    lines = [f"| utilisation, filled, time | {' | '.join(f'{n} items' for n in columns)} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, of_size in rows.items():
+        cells = [cell(of_size[items]) if items in of_size else "not measured" for items in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
@@ -443,6 +492,7 @@ def tables() -> dict[str, str]:
         situations=situations_table(read(SITUATIONS)),
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
+        sizes=sizes_table(read(SIZES), read(EXACT)),
     )
 
 

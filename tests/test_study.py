@@ -1,9 +1,12 @@
-"""The study's variants fit the training script, and its table the measured file."""
+"""The study's variants fit the training script, and its table the measured file. The rivals at other sizes play the
+instances that `evaluate.py` plays."""
 
 import ast
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -11,6 +14,8 @@ import evaluate
 import train_search_distill_binpack as script
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
+import exact_solver
+import sizes
 import study
 
 
@@ -32,3 +37,26 @@ def test_the_studys_table_is_made_from_the_committed_file():
     for variant in results["variants"] + results["long"]["variants"]:
         for runs in filter(None, (variant["runs"], variant.get("equal_time"))):
             assert [run["seed"] for run in runs] == list(study.SEEDS)
+
+
+def test_the_exact_solver_gets_the_instances_that_are_played():
+    """Cut from a full container, of 19 items each, and those of an episode."""
+    lengths, container = exact_solver.instances(20, 3)
+    assert all(len(items) == 19 and items.prod(1).sum() == container.prod() for items in lengths)
+    agent = evaluate.load_checkpoint(ROOT / "checkpoints" / "search_distill_cpu.pkl")
+    rollout = jax.jit(agent.script.make_rollout(agent.env, evaluate.make_random_policy(agent)))
+    first = rollout((), evaluate.evaluation_keys(evaluate.Config().seed, 3)).observation.items
+    shares = np.stack(first, -1)[:, 0, :19]
+    np.testing.assert_allclose(shares, np.stack(lengths) / container, rtol=1e-6)
+
+
+def test_every_method_was_measured_at_every_size():
+    results = json.loads(study.collect_results.SIZES.read_text())
+    found = {(row["name"], row["num_simulations"], row["items"]): len(row["returns"]) for row in results["rows"]}
+    assert found == {
+        (player.name, player.num_simulations, items): sizes.num_instances(player, items)
+        for player in sizes.PLAYERS
+        for items in exact_solver.ITEMS
+        if sizes.num_instances(player, items)
+    }
+    assert len(results["commit"]) == 40
