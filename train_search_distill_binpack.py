@@ -709,8 +709,8 @@ def make_search_policy(
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
     optimum. That of the child on the greedy line is what remains of its parent's. The memory is the next root: the
-    chosen child has been evaluated by the search that chose it. A search that `plays`, and does not teach, looks for
-    nothing below a node whose completion places every item.
+    chosen child has been evaluated by the search that chose it. A search that `plays`, and does not teach, looks at
+    nothing but the completion from a node where this places every item.
     """
     make_node = make_node_function(env, network, config)
     qtransform = functools.partial(
@@ -720,23 +720,24 @@ def make_search_policy(
         rescale_values=config.rescale_values,
     )
 
+    looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.solved & plays)  # bool [K]
+
     def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
         state, parent = jax.tree.map(lambda x: x[0], embedding)
         state, timestep = step_flat(env, state, parent.actions[action[0]])
-        is_greedy = action[0] == 0
-        value = jnp.where(is_greedy, (parent.value - timestep.reward) / config.discount, 0.0)
-        known = is_greedy | (parent.solved & plays)
-        node = make_node(params, state, timestep.observation, known, value, parent.solved)
+        rest = (parent.value - timestep.reward) / config.discount
+        node = make_node(params, state, timestep.observation, action[0] == 0, rest, parent.solved)
+        logits = jnp.where(looked_at(node), node.logits, MASKED)
         discount = config.discount * timestep.discount
         output = mctx.RecurrentFnOutput(
-            reward=timestep.reward, discount=discount, prior_logits=node.logits, value=node.value
+            reward=timestep.reward, discount=discount, prior_logits=logits, value=node.value
         )
         return jax.tree.map(lambda x: x[None], (output, (state, node)))
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
-        legal = legal_actions(observation)[root.actions]
+        legal = legal_actions(observation)[root.actions] & looked_at(root)
         output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root))
         output = mctx.gumbel_muzero_policy(
             params=params,
