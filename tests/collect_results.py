@@ -465,7 +465,7 @@ def sizes_table(sizes: dict, exact: dict) -> str:
     def cell(row: dict) -> str:
         mean, error = mean_and_error([100 * x for x in row["returns"]])
         time = f"{row['seconds']:.2g} s" if row["seconds"] >= 0.1 else f"{1000 * row['seconds']:.2g} ms"
-        return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.0f} %, {time}"
+        return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.3g} %, {time}"
 
     rows: dict[str, dict[int, dict]] = {}
     for row in sorted([*sizes["rows"], *exact_rows(exact)], key=lambda row: [*SIZE_LABELS].index(row["name"])):

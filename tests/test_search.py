@@ -200,7 +200,7 @@ def test_a_search_that_plays_keeps_a_completion_that_fills(env, network, config,
     """Where a considered action's completion places every item, such an action is chosen, however many simulations
     follow: nothing below it lowers its value."""
     states, observations = rows(played, script.has_legal_action(played[1]))
-    states, observations = jax.tree.map(lambda x: x[:512], (states, observations))
+    states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     states = states.replace(items_mask=states.items_placed | observations.action_mask.any(1))
     config = config.model_copy(update=dict(leaf_value="completion", max_num_considered_actions=4))
     policy = script.make_playing_search(env, network, config, 24)
@@ -216,9 +216,9 @@ def test_a_search_that_plays_keeps_a_completion_that_fills(env, network, config,
         fills = jax.vmap(child)(root.actions[:4]) & legal
         return policy.act(params, key, state, observation, root)[2].solved, fills.any(), root.solved
 
-    keys = jax.random.split(jax.random.PRNGKey(1), 512)
+    keys = jax.random.split(jax.random.PRNGKey(1), 64)
     keeps, fills, solved = jax.jit(jax.vmap(play))(keys, states, observations)
-    assert keeps[fills].all() and int((fills & ~solved).sum()) >= 3 and int(fills.sum()) < 256
+    assert keeps[fills].all() and (fills & ~solved).any() and 5 < int(fills.sum()) < 64
 
 
 def test_terminal_nodes_have_no_value(params, apply, played):

@@ -47,7 +47,7 @@ PLAYERS = (
 
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance."""
-    return {(50, 32): 128, (100, 4): 64, (100, 32): 0}.get((items, player.num_simulations), 256)
+    return {(50, 32): 0, (100, 4): 64, (100, 32): 0}.get((items, player.num_simulations), 256)
 
 
 def play(player: Player, items: int) -> dict:
