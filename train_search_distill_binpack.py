@@ -720,7 +720,7 @@ def make_search_policy(
         rescale_values=config.rescale_values,
     )
 
-    looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.solved & plays)  # bool [K]
+    looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.solved & plays)  # bool [K], its actions
 
     def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""

@@ -196,9 +196,16 @@ def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, 
     np.testing.assert_allclose(carried.value, fresh.value, atol=1e-6)
 
 
-def test_a_search_that_plays_keeps_a_completion_that_fills(env, network, config, params, played):
-    """Where a considered action's completion places every item, such an action is chosen, however many simulations
-    follow: nothing below it lowers its value."""
+def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, config, params, played, monkeypatch):
+    """In playing, the Q of an action whose completion places every item stays what that completion packs, however many
+    simulations follow. The root's Q are returned in the place of the search's weights."""
+    search = mctx.gumbel_muzero_policy
+
+    def q_as_weights(**arguments):
+        output = search(**arguments)
+        return output.replace(action_weights=output.search_tree.summary().qvalues)
+
+    monkeypatch.setattr(mctx, "gumbel_muzero_policy", q_as_weights)
     states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     states = states.replace(items_mask=states.items_placed | observations.action_mask.any(1))
@@ -207,18 +214,22 @@ def test_a_search_that_plays_keeps_a_completion_that_fills(env, network, config,
 
     def play(key, state, observation):
         root = policy.start(params, state, observation)
-        legal = script.legal_actions(observation)[root.actions[:4]]
+        actions = root.actions[:4]
 
         def child(action):
             after, timestep = script.step_flat(env, state, action)
-            return policy.start(params, after, timestep.observation).solved
+            node = policy.start(params, after, timestep.observation)
+            return node.solved, timestep.reward + node.value
 
-        fills = jax.vmap(child)(root.actions[:4]) & legal
-        return policy.act(params, key, state, observation, root)[2].solved, fills.any(), root.solved
+        fills, packs = jax.vmap(child)(actions)
+        looked_at = script.legal_actions(observation)[actions] & (~root.solved | (jnp.arange(4) == 0))
+        q = policy.act(params, key, state, observation, root)[1].weights[:4]
+        return fills & looked_at, packs, q
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
-    keeps, fills, solved = jax.jit(jax.vmap(play))(keys, states, observations)
-    assert keeps[fills].all() and (fills & ~solved).any() and 5 < int(fills.sum()) < 64
+    fills, packs, q = jax.jit(jax.vmap(play))(keys, states, observations)
+    assert 5 < int(fills.sum()) < fills.size
+    np.testing.assert_allclose(q[fills], packs[fills], atol=1e-6)
 
 
 def test_terminal_nodes_have_no_value(params, apply, played):

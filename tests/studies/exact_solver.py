@@ -3,8 +3,8 @@
     pip install ortools                              # of this study alone
     python tests/studies/exact_solver.py             # up to two hours on 2 cores; goes on where it was stopped
 
-Each item may be left out; those that are packed overlap on no axis for every pair, and along each axis no cross-section
-of the container is overfull (a cumulative constraint, implied by the rest, that prunes much). The packed volume is
+Each item may be left out; any two that are packed are apart along some axis, and along each axis no cross-section of
+the container is overfull (a cumulative constraint, implied by the rest, that prunes much). The packed volume is
 maximised. One search of the longest time tells what each shorter one reaches, since the search does not depend on its
 limit. The instances are the first that `evaluate.py` plays. Results: `tests/studies/exact_solver.json`.
 """

@@ -1,7 +1,7 @@
 """Sorting, an exact solver and networks at 20, 50 and 100 items: quality against time on two cores.
 
     python tests/studies/exact_solver.py     # first, alone on the machine
-    python tests/studies/sizes.py            # half an hour on 2 cores; goes on where it was stopped
+    python tests/studies/sizes.py            # an hour on 2 cores; goes on where it was stopped
     python tests/studies/sizes.py draw       # only makes the picture, from the results that there are
 
 Each row plays the first of the same evaluation instances, alone on the machine. Results: `tests/studies/sizes.json`
@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import collect_results  # noqa: E402
+import study  # noqa: E402
 from exact_solver import ITEMS  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -47,7 +48,7 @@ PLAYERS = (
 
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance."""
-    return {(50, 32): 0, (100, 4): 64, (100, 32): 0}.get((items, player.num_simulations), 256)
+    return {(100, 4): 64, (100, 32): 0}.get((items, player.num_simulations), 256)
 
 
 def play(player: Player, items: int) -> dict:
@@ -113,9 +114,9 @@ def main(argv: list[str]) -> int:
             if (player.name, player.num_simulations, items) in done or not num_instances(player, items):
                 continue
             row = dict(name=player.name, items=items, num_simulations=player.num_simulations) | play(player, items)
-            results["rows"].append(row)
-            results |= dict(command="python tests/studies/sizes.py", commit=evaluate.commit())
-            results |= dict(versions=evaluate.library_versions(), cores=os.cpu_count())
+            results["rows"].append(row | dict(commit=study.made_with()["commit"]))
+            made_with = dict(command="python tests/studies/sizes.py", cores=os.cpu_count())
+            results |= made_with | dict(versions=evaluate.library_versions())
             path.write_text(json.dumps(results, indent=1) + "\n")
             print({key: value for key, value in row.items() if key != "returns"}, flush=True)
     draw(results, json.loads(collect_results.EXACT.read_text()))
