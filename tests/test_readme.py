@@ -89,6 +89,11 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     assert f"the largest item into the smallest space packs {100 * rule['avg_return']:.1f} %" in README
     rule = next(row for row in floors["rows"] if row["policy"] == "lookahead")
     assert f"and {100 * rule['avg_return']:.1f} % with a look-ahead of one move" in README
+    sizes, exact = (json.loads(path.read_text()) for path in (collect_results.SIZES, collect_results.EXACT))
+    at_50 = [row for row in sizes["rows"] + collect_results.exact_rows(exact) if row["items"] == 50]
+    packs = {row.get("num_simulations", f"{row.get('limit')} s"): 100 * row["utilisation"] for row in at_50}
+    search, solver = f"it packs {packs[32]:.1f} % in about a second", f"packs {packs['60 s']:.0f} % in a minute"
+    assert f"with search {search}, where an exact solver {solver}" in README
 
     group = next(group for group in results["groups"] if group["method"] == "search_distill")
     first = next(run for run in group["runs"] if run["seed"] == 0)

@@ -1,7 +1,7 @@
 """Sorting, an exact solver and networks at 20, 50 and 100 items: quality against time on two cores.
 
     python tests/studies/exact_solver.py     # first, alone on the machine
-    python tests/studies/sizes.py            # an hour on 2 cores; goes on where it was stopped
+    python tests/studies/sizes.py            # half an hour on 2 cores; goes on where it was stopped
     python tests/studies/sizes.py draw       # only makes the picture, from the results that there are
 
 Each row plays the first of the same evaluation instances, alone on the machine. Results: `tests/studies/sizes.json`
