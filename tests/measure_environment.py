@@ -1,12 +1,14 @@
 """Compares FastBinPack with Jumanji's BinPack, field by field, and writes `tests/results/environment.json`.
 
-    python tests/measure_environment.py            # at least 100,000 steps: about 10 minutes on 2 cores
+    python tests/measure_environment.py            # at least 100,000 steps: about 20 minutes on 2 cores
 
-The same actions are played in both environments, from random, heuristic and searched episodes. A state counts as an
-overflow if the cut EMSs would need more slots than there are, found by repeating Jumanji's update with twice as many.
+The same actions are played in both environments, from random, heuristic and searched episodes of 20, 50 and 100 items.
+A state counts as an overflow if the cut EMSs would need more slots than there are, found by repeating Jumanji's update
+with twice as many.
 """
 
 import functools
+import itertools
 import json
 import platform
 import sys
@@ -22,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
+
+# Item slots, batches of episodes of each kind, episodes of a batch.
+PLAYED = ((20, 5, 512), (50, 2, 128), (100, 4, 16))
 
 
 def make_policy(kind: str, env, config) -> evaluate.Policy:
@@ -105,19 +110,15 @@ def compare_episodes(kind: str, num_episodes: int, seed: int, **sizes: int) -> d
 
 def main() -> None:
     results = {}
-    for kind, rounds in (("random", 5), ("heuristic", 5), ("searched", 5)):
-        total = dict(steps=0, overflow_states=0, differing_fields=[])
-        returns = []
-        for seed in range(rounds):
-            one = compare_episodes(kind, 512, seed)
-            total["steps"] += one["steps"]
-            total["overflow_states"] += one["overflow_states"]
-            total["differing_fields"] += one["differing_fields"]
-            returns += one["returns"]
+    for kind, (items, batches, num_episodes) in itertools.product(("random", "heuristic", "searched"), PLAYED):
+        of_batch = functools.partial(compare_episodes, kind, num_episodes)
+        batches = [of_batch(seed, max_num_items=items, max_num_ems=max(40, 8 * items // 5)) for seed in range(batches)]
+        total = {key: sum((batch[key] for batch in batches), type(batches[0][key])()) for key in batches[0]}
+        returns = total.pop("returns")
         error = np.std(returns, ddof=1) / len(returns) ** 0.5
         total |= dict(episodes=len(returns), utilisation=float(np.mean(returns)), utilisation_se=float(error))
-        results[kind] = total
-        print(kind, total, flush=True)
+        results[f"{kind}, {items} items"] = total
+        print(kind, items, total, flush=True)
     summary = dict(
         commit=evaluate.commit(),
         command="python tests/measure_environment.py",
@@ -128,7 +129,10 @@ def main() -> None:
         differing_fields=sum((x["differing_fields"] for x in results.values()), []),
         by_kind=results,
     )
-    enough = summary["steps"] >= 100_000 and summary["overflow_states"] >= 1000
+    enough = summary["steps"] >= 100_000 and all(
+        sum(total["overflow_states"] for name, total in results.items() if name.endswith(f" {items} items")) >= 1000
+        for items, *_ in PLAYED
+    )
     if summary["differing_fields"] or not enough:
         sys.exit(f"not written: {summary}")
     path = ROOT / "tests" / "results" / "environment.json"
