@@ -778,10 +778,12 @@ def make_search_policy(
 def make_playing_search(env: BinPack, network: hk.Transformed, config: Config, num_simulations: int) -> Policy:
     """The search of evaluations: no noise, and `eval_value_scale`. As a teacher the search should move the policy
     little, since what a completion reaches is the network's luck as well as the action's merit. As a player it should
-    take the best that it has seen."""
-    scale = config.eval_value_scale or config.value_scale
-    config = config.model_copy(update=dict(value_scale=scale))
-    return make_search_policy(env, network, config, num_simulations, gumbel_scale=0.0, plays=True)
+    take the best that it has seen. One completion tells what an action reaches, so it looks at as many actions as it
+    has simulations, up to 16."""
+    update = dict(value_scale=config.eval_value_scale or config.value_scale)
+    if config.leaf_value == "completion":
+        update["max_num_considered_actions"] = max(config.max_num_considered_actions, min(num_simulations, 16))
+    return make_search_policy(env, network, config.model_copy(update=update), num_simulations, 0.0, plays=True)
 
 
 # ================================================== Targets and loss ==================================================

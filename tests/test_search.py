@@ -66,18 +66,23 @@ def full_width_search(env, network, config, params, states, observations, num_si
     return output.action, output.action_weights
 
 
-def test_evaluations_search_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
-    """In training and in evaluate.py."""
+def test_evaluations_search_widely_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
+    """In training and in evaluate.py. With completions they look at as many actions as they have simulations, up to 16."""
     made = []
-    make = lambda env, network, config, n, gumbel_scale, **_: made.append((config.value_scale, n, gumbel_scale))
+
+    def make(env, network, config, n, gumbel_scale, plays):
+        made.append((config.value_scale, config.max_num_considered_actions, n, gumbel_scale, plays))
+
     monkeypatch.setattr(script, "make_search_policy", make)
-    for scale, expected in ((7.0, 7.0), (0.0, 0.25)):
-        config = config.model_copy(update=dict(value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5))
+    for leaf_value, scale, expected in (("network", 7.0, 7.0), ("completion", 7.0, 7.0), ("completion", 0.0, 0.25)):
+        keys = dict(leaf_value=leaf_value, value_scale=0.25, eval_value_scale=scale, eval_num_simulations=5)
+        config = config.model_copy(update=keys | dict(max_num_considered_actions=4))
         script.make_playing_search(env, network, config, 3)
         script.make_evaluate(env, network, config)
         checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, config, {}, script, env, network)
-        evaluate.make_attempts("search", checkpoint, [checkpoint], evaluate.Config(num_simulations=9))
-        assert made == [(expected, n, 0.0) for n in (3, 5, 9)]
+        evaluate.make_attempts("search", checkpoint, [checkpoint], evaluate.Config(num_simulations=32))
+        considered = (4, 4, 4) if leaf_value == "network" else (4, 5, 16)
+        assert made == [(expected, m, n, 0.0, True) for m, n in zip(considered, (3, 5, 32))]
         made.clear()
 
 
