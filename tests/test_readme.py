@@ -91,8 +91,10 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     assert f"and {100 * rule['avg_return']:.1f} % with a look-ahead of one move" in README
     sizes, exact = (json.loads(path.read_text()) for path in (collect_results.SIZES, collect_results.EXACT))
     at_50 = [row for row in sizes["rows"] + collect_results.exact_rows(exact) if row["items"] == 50]
-    packs = {row.get("num_simulations", f"{row.get('limit')} s"): 100 * row["utilisation"] for row in at_50}
-    search, solver = f"it packs {packs[32]:.1f} % in about a second", f"packs {packs['60 s']:.0f} % in a minute"
+    by_budget = {row.get("num_simulations", f"{row.get('limit')} s"): row for row in at_50}
+    packs = lambda budget, digits: f"packs {100 * by_budget[budget]['utilisation']:.{digits}f} % in"
+    search = f"it {packs(32, 1)} {by_budget[32]['seconds']:.1f} seconds"
+    solver = f"{packs('60 s', 0)} a minute"
     assert f"with search {search}, where an exact solver {solver}" in README
 
     group = next(group for group in results["groups"] if group["method"] == "search_distill")

@@ -67,7 +67,7 @@ def full_width_search(env, network, config, params, states, observations, num_si
 
 
 def test_evaluations_search_widely_without_noise_at_a_scale_of_their_own(env, network, config, monkeypatch):
-    """In training and in evaluate.py. With completions they look at as many actions as they have simulations, up to 16."""
+    """In training and in evaluate.py. With completions they look at as many actions as simulations, up to 16."""
     made = []
 
     def make(env, network, config, n, gumbel_scale, plays):
