@@ -552,12 +552,12 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
 
 
-def in_parts(function: Callable, sizes: tuple, num_parts: int, rows: tuple) -> tuple:
-    """Takes the rows of a batch, (observation, ...), in parts, with those together that need the same size. Returns
-    function(part) of all, leaves [parts, ...], and the order of the rows."""
-    order = jnp.argsort(index_of_smallest_size(sizes, rows[0]))
-    parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), rows)
-    return jax.lax.map(function, parts), order
+def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, rows: Any) -> tuple:
+    """Takes the rows of a batch in parts: rows that need the same size are brought together, and each part is run at
+    its own. Returns function(size, rows of a part) of all parts, leaves [parts, ...], and the order of the rows."""
+    order = jnp.argsort(index_of_smallest_size(sizes, observation))
+    parts = jax.tree.map(lambda x: x[order].reshape(num_parts, -1, *x.shape[1:]), (observation, rows))
+    return jax.lax.map(lambda part: at_smallest_size(function, sizes, *part), parts), order
 
 
 def rows_of_a_part(num_rows: int) -> int:
@@ -566,24 +566,22 @@ def rows_of_a_part(num_rows: int) -> int:
     return max(n for n in range(1, most + 1) if num_rows % n == 0)
 
 
-def make_predict(network: hk.Transformed, config: Config, then: Callable = lambda *outputs: outputs[:2]) -> Callable:
+def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
     """Returns predict(params, observation) -> (logits [A], value []), for one network and, under `vmap`, for a batch in
     parts; one observation alone is run at the largest size. Parts are chosen from all rows together, so we define the
     vmap rule ourselves. Rows without a legal action stand together, and cost nothing. Not differentiable: losses use
-    `network.apply`. With `then`, predict(params, observation, rest) returns then(logits, value, observation, rest) of
-    each part, whose rows are next in the caches."""
+    `network.apply`."""
 
     @jax.custom_batching.custom_vmap
-    def predict(params, *rows):
-        rows = jax.tree.map(lambda x: x[None], rows)
-        return jax.tree.map(lambda x: x[0], then(*network.apply(params, None, rows[0], None), *rows))
+    def predict(params, observation):
+        return network.apply(params, None, observation, None)
 
     @predict.def_vmap
-    def _(axis_size, in_batched, params, *rows):
+    def _(axis_size, in_batched, params, observation):
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
-        as_rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        rows = jax.tree.map(as_rows, rows, tuple(in_batched[1:]))  # After a reset some leaves are shared by all.
-        sizes = ((0, 0), *sizes_of_tokens(config, rows[0]))
+        rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
+        observation = jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
+        num_parts = axis_size // rows_of_a_part(axis_size)
 
         def at_size(size, observation):
             if size != (0, 0):
@@ -591,11 +589,10 @@ def make_predict(network: hk.Transformed, config: Config, then: Callable = lambd
             legal = observation.action_mask
             return jnp.full((len(legal), legal[0].size), MASKED), jnp.zeros(len(legal))
 
-        play = lambda part: then(*at_smallest_size(at_size, sizes, part[0], part[0]), *part)
-        parts, order = in_parts(play, sizes, axis_size // rows_of_a_part(axis_size), rows)
+        sizes = ((0, 0), *sizes_of_tokens(config, observation))
+        parts, order = in_parts(at_size, sizes, num_parts, observation, observation)
         flat = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), parts)
-        flat = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
-        return flat, jax.tree.map(lambda x: True, flat)
+        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat), (True, True)
 
     return predict
 
@@ -674,18 +671,6 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
     names. A completion whose outcome is known, `value` and `solved`, is not played again."""
     predict = make_predict(network, config)
 
-    def step(logits, value, observation, state):
-        """The most probable actions of a part of the rows, played: their logits, and what follows."""
-
-        def play():
-            after, timestep = jax.vmap(functools.partial(step_flat, env))(state, argmax(logits))
-            return after, timestep.observation, timestep.reward
-
-        stay = lambda: (state, observation, jnp.zeros(len(logits)))
-        return logits, *jax.lax.cond(has_legal_action(observation).any(), play, stay)
-
-    move = make_predict(network, config, then=step)
-
     def network_node(params: Any, state: State, observation: Observation, *_) -> Node:
         logits, value = predict(params, observation)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
@@ -698,11 +683,13 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
 
         def body(carry):
             t, prior, state, observation, total, discount = carry
-            logits, state, observation, reward = move(params, observation, state)
+            logits, _ = predict(params, observation)
+            state, timestep = step_flat(env, state, argmax(logits))
             prior = jnp.where(t == 0, logits, prior)
-            total += discount * reward
-            legal = observation.action_mask & ~jnp.asarray(known)  # What is known ends after the first pass.
-            return t + 1, prior, state, observation._replace(action_mask=legal), total, discount * config.discount
+            total += discount * timestep.reward
+            legal = timestep.observation.action_mask & ~jnp.asarray(known)  # What is known ends after the first pass.
+            observation = timestep.observation._replace(action_mask=legal)
+            return t + 1, prior, state, observation, total, discount * config.discount
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
         init = (0, prior, state, observation, jnp.float32(0.0), jnp.float32(1.0))
@@ -911,8 +898,7 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
         sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    at_its_size = lambda part: at_smallest_size(of_part, sizes, *part)
-    parts, _ = in_parts(at_its_size, sizes, num_parts, (batch.observation, batch))
+    parts, _ = in_parts(of_part, sizes, num_parts, batch.observation, batch)
     return jax.tree.map(lambda x: x.sum(0), parts)
 
 
