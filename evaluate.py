@@ -197,9 +197,9 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
     preset = overrides.pop("preset", "full")
     if presets and preset not in presets:
         raise UsageError(f"preset={preset}: expected one of {', '.join(presets)}; type preset=cpu")
-    overrides = dict(word.split("=") for word in presets.get(preset, "").split()) | overrides
+    typed, overrides = overrides, dict(word.split("=") for word in presets.get(preset, "").split()) | overrides
     try:
-        return config_class(**{key: _parse_value(key, raw, fields[key]) for key, raw in overrides.items()}), preset
+        config = config_class(**{key: _parse_value(key, raw, fields[key]) for key, raw in overrides.items()})
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
@@ -207,6 +207,11 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
         for key in first["loc"][:1]:
             reason = f"{key}={overrides.get(key)}: {reason}; for example {key}={as_typed(fields[key].default)}"
         raise UsageError(reason) from None
+    for key, need in getattr(config, "needs", {}).items():
+        other, _, value = need.partition("=")
+        if key in typed and getattr(config, other) != value:
+            raise UsageError(f"{key}={typed[key]}: expected with {need} alone; type {need}, or drop {key}")
+    return config, preset
 
 
 def _parse_value(key: str, raw: str, field: Any) -> Any:

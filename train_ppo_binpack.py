@@ -560,12 +560,10 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
     def predict(params, observation):
         return network.apply(params, None, observation, None)
 
-    @predict.def_vmap
-    def _(axis_size, in_batched, params, observation):
-        assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
-        rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        observation = jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
-        num_parts = axis_size // rows_of_a_part(axis_size)
+    @jax.custom_batching.custom_vmap
+    def predict_batch(params, observation):
+        num_rows = len(observation.action_mask)
+        num_parts = num_rows // rows_of_a_part(num_rows)
 
         def at_size(size, observation):
             if size != (0, 0):
@@ -575,8 +573,23 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
 
         sizes = ((0, 0), *sizes_of_tokens(config, observation))
         parts, order = in_parts(at_size, sizes, num_parts, observation, observation)
-        flat = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), parts)
-        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat), (True, True)
+        flat = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), parts)
+        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
+
+    def all_rows(axis_size, in_batched, observation):
+        assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
+        rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
+
+    @predict.def_vmap
+    def _(axis_size, in_batched, params, observation):
+        return predict_batch(params, all_rows(axis_size, in_batched, observation)), (True, True)
+
+    @predict_batch.def_vmap
+    def _(axis_size, in_batched, params, observation):  # A batch of batches is a larger batch.
+        batches = all_rows(axis_size, in_batched, observation)
+        flat = predict_batch(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
+        return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat), (True, True)
 
     return predict
 

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import haiku as hk
 import jax
@@ -69,8 +69,14 @@ class Config(ev.Sizes):
     max_num_iters: PositiveInt = Field(800, description="iterations of collecting and learning")
     rollout_batch_size: PositiveInt = Field(1024, description="episodes an iteration, over all devices")
     discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="discount of rewards")
-    # Search.
-    num_simulations: PositiveInt = Field(32, description="search simulations a decision")
+    # Search, the policy improvement of collection. Evaluations with search are played by Gumbel MuZero search.
+    improvement: Literal["gumbel", "alphazero", "treepi", "best_of_n"] = Field(
+        "gumbel",
+        description="Gumbel MuZero search, AlphaZero's, TreePI's local search, or the best of sampled episodes",
+    )
+    num_simulations: PositiveInt = Field(
+        32, description="search simulations a decision (best_of_n: episodes that are sampled for an instance)"
+    )
     leaf_value: Literal["network", "completion"] = Field(
         "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
     )
@@ -82,6 +88,18 @@ class Config(ev.Sizes):
     value_scale: PositiveFloat = Field(1.0, description="scale of Q in the search's policy improvement")
     maxvisit_init: NonNegativeFloat = Field(50.0, description="visits added to the largest count in the scale of Q")
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
+    c_puct: PositiveFloat = Field(1.25, description="alphazero: weight of the prior in pUCT")
+    dirichlet_alpha: PositiveFloat = Field(0.3, description="alphazero: concentration of the noise at the root")
+    dirichlet_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.25, description="alphazero: share of that noise in the root's prior"
+    )
+    acting_temperature: PositiveFloat = Field(1.0, description="alphazero: actions are drawn from visits^(1/this)")
+    num_workers: PositiveInt = Field(
+        1, description="alphazero: workers on one tree; the network evaluates their leaves together"
+    )
+    num_sampled_actions: PositiveInt = Field(8, description="treepi: actions M that are sampled at a node")
+    search_depth: PositiveInt = Field(3, description="treepi: moves K that a rollout looks ahead (1: as MPO)")
+    soft_temperature: PositiveFloat = Field(0.04, description="treepi: alpha, in units of the return")
     # Learning.
     min_target_kl: NonNegativeFloat = Field(
         0.0, description="learn only from decisions whose KL(target || prior) is at least this, in nats (see README)"
@@ -90,6 +108,17 @@ class Config(ev.Sizes):
     num_epochs: PositiveInt = Field(1, description="epochs, each of as many minibatches as all decisions would fill")
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1e-3, description="step size of Adam")
     learning_rate_decay_iters: NonNegativeInt = Field(0, description="iterations of cosine decay to 0 (0: constant)")
+    loss: Literal["cross_entropy", "cispo"] = Field(
+        "cross_entropy", description="to the search's distribution, or a policy gradient along its actions"
+    )
+    epsilon_high: PositiveFloat = Field(5.0, description="cispo: cap of the importance weights")
+    kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
+    max_policy_kl: NonNegativeFloat = Field(
+        0.0, description="bound of KL(acting || new policy) in nats, by a Lagrange multiplier (0: none)"
+    )
+    value_target: Literal["return", "search"] = Field(
+        "return", description="Monte-Carlo returns, or the value of the root after the search"
+    )
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: PositiveInt = Field(100, description="the run ends after so many skipped updates in a row")
@@ -127,9 +156,16 @@ class Config(ev.Sizes):
     num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
+    # What a key that only some runs use needs; `evaluate.parse_command_line` refuses it elsewhere.
+    needs: ClassVar = dict(gumbel_scale="improvement=gumbel", epsilon_high="loss=cispo", kl_penalty="loss=cispo")
+    needs |= dict.fromkeys(("c_puct", "dirichlet_alpha", "dirichlet_fraction", "acting_temperature", "num_workers"),
+                           "improvement=alphazero")  # fmt: skip
+    needs |= dict.fromkeys(("num_sampled_actions", "search_depth", "soft_temperature"), "improvement=treepi")
+
     def run_dir(self) -> Path:
-        method = Path(self.save_dir) / self.env_name / f"nsim_{self.num_simulations}"
-        return method / ev.sweep_trial() / f"seed_{self.seed}"
+        method = f"nsim_{self.num_simulations}"
+        method = method if self.improvement == "gumbel" else f"{self.improvement}_{method}"
+        return Path(self.save_dir) / self.env_name / method / ev.sweep_trial() / f"seed_{self.seed}"
 
     def is_due(self, iteration: int, interval: int) -> bool:
         """Whether a task of every `interval` iterations, and of the last one, is due. interval=0: of the last alone."""
@@ -150,6 +186,9 @@ class Config(ev.Sizes):
         if 0 < self.learning_rate_decay_iters < last:
             what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
             raise ValueError(f"{what}, since nothing is learned at rate 0; type learning_rate_decay_iters={last}")
+        if self.num_simulations % self.num_workers:
+            what = f"num_workers={self.num_workers}: expected a divisor of num_simulations={self.num_simulations}"
+            raise ValueError(f"{what}; type num_workers={math.gcd(self.num_simulations, self.num_workers)}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite=true exclude each other; drop one of them")
         several = self.coordinator_address or self.num_processes or self.process_id
@@ -576,12 +615,10 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
     def predict(params, observation):
         return network.apply(params, None, observation, None)
 
-    @predict.def_vmap
-    def _(axis_size, in_batched, params, observation):
-        assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
-        rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        observation = jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
-        num_parts = axis_size // rows_of_a_part(axis_size)
+    @jax.custom_batching.custom_vmap
+    def predict_batch(params, observation):
+        num_rows = len(observation.action_mask)
+        num_parts = num_rows // rows_of_a_part(num_rows)
 
         def at_size(size, observation):
             if size != (0, 0):
@@ -591,8 +628,23 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
 
         sizes = ((0, 0), *sizes_of_tokens(config, observation))
         parts, order = in_parts(at_size, sizes, num_parts, observation, observation)
-        flat = jax.tree.map(lambda x: x.reshape(axis_size, *x.shape[2:]), parts)
-        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat), (True, True)
+        flat = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), parts)
+        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
+
+    def all_rows(axis_size, in_batched, observation):
+        assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
+        rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return jax.tree.map(rows, observation, in_batched[1])  # After a reset some leaves are shared by all.
+
+    @predict.def_vmap
+    def _(axis_size, in_batched, params, observation):
+        return predict_batch(params, all_rows(axis_size, in_batched, observation)), (True, True)
+
+    @predict_batch.def_vmap
+    def _(axis_size, in_batched, params, observation):  # A batch of batches is a larger batch.
+        batches = all_rows(axis_size, in_batched, observation)
+        flat = predict_batch(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
+        return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat), (True, True)
 
     return predict
 
@@ -664,6 +716,8 @@ class Decision(NamedTuple):
     actions: jax.Array  # int32 [K], flat actions
     weights: jax.Array  # [K], sums to 1
     prior: jax.Array  # [K], the network's log-probabilities among these
+    taken: jax.Array  # int32 [], which of them is played
+    value: jax.Array  # [], of the root after the search
 
 
 def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[..., Node]:
@@ -701,6 +755,19 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
     return completion_node if config.leaf_value == "completion" else network_node
 
 
+def make_child_function(env: BinPack, make_node: Callable, config: Config) -> Callable[..., tuple]:
+    """Returns make_child(params, state, node, index) -> (reward, discount, state, node) after the node's action of that
+    index. The value of the child on the greedy line is what remains of its parent's."""
+
+    def make_child(params: Any, state: State, node: Node, index: jax.Array):
+        state, timestep = step_flat(env, state, node.actions[index])
+        rest = (node.value - timestep.reward) / config.discount
+        child = make_node(params, state, timestep.observation, index == 0, rest, node.solved)
+        return timestep.reward, config.discount * timestep.discount, state, child
+
+    return make_child
+
+
 def make_search_policy(
     env: BinPack, network: hk.Transformed, config: Config, num_simulations: int, gumbel_scale: float, plays=False
 ) -> Policy:
@@ -708,11 +775,11 @@ def make_search_policy(
 
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
-    optimum. That of the child on the greedy line is what remains of its parent's. The memory is the next root: the
-    chosen child has been evaluated by the search that chose it. A search that `plays`, and does not teach, looks at
-    nothing but the completion from a node where this places every item.
+    optimum. The memory is the next root: the chosen child has been evaluated by the search that chose it. A search
+    that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item.
     """
     make_node = make_node_function(env, network, config)
+    make_child = make_child_function(env, make_node, config)
     qtransform = functools.partial(
         mctx.qtransform_completed_by_mix_value,
         value_scale=config.value_scale,
@@ -725,15 +792,10 @@ def make_search_policy(
     def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
-        state, parent = jax.tree.map(lambda x: x[0], embedding)
-        state, timestep = step_flat(env, state, parent.actions[action[0]])
-        rest = (parent.value - timestep.reward) / config.discount
-        node = make_node(params, state, timestep.observation, action[0] == 0, rest, parent.solved)
+        parent = jax.tree.map(lambda x: x[0], embedding)
+        reward, discount, state, node = make_child(params, *parent, action[0])
         logits = jnp.where(looked_at(node), node.logits, MASKED)
-        discount = config.discount * timestep.discount
-        output = mctx.RecurrentFnOutput(
-            reward=timestep.reward, discount=discount, prior_logits=logits, value=node.value
-        )
+        output = mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=logits, value=node.value)
         return jax.tree.map(lambda x: x[None], (output, (state, node)))
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
@@ -755,7 +817,9 @@ def make_search_policy(
         child = tree.children_index[0, output.action]
         next_node = jax.tree.map(lambda x: x[child], tree.embeddings[1])
         prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
-        return root.actions[output.action], Decision(root.actions, output.action_weights, prior), next_node
+        value = tree.node_values[0]
+        decision = Decision(root.actions, output.action_weights, prior, output.action, value)
+        return root.actions[output.action], decision, next_node
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
     # to the episode's own key, so that an episode does not depend on the device that plays it.
@@ -773,14 +837,214 @@ def make_playing_search(env: BinPack, network: hk.Transformed, config: Config, n
     return make_search_policy(env, network, config.model_copy(update=update), num_simulations, 0.0, plays=True)
 
 
+class Tree(NamedTuple):
+    """The search of one episode: n nodes in the order in which they were made, the root first."""
+
+    state: State  # leaves [n, ...]
+    node: Node  # leaves [n, ...]
+    parent: jax.Array  # int32 [n], -1 of the root
+    child: jax.Array  # int32 [n, K], 0 where none was made
+    reward: jax.Array  # [n], of the move that led here
+    discount: jax.Array  # [n]
+    visits: jax.Array  # [n]
+    value: jax.Array  # [n], the node's own value and those below it, backed up
+
+
+def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
+    repeat = lambda x: jnp.broadcast_to(x, (num_nodes, *jnp.shape(x)))
+    zeros, children = jnp.zeros(num_nodes), jnp.zeros((num_nodes, len(root.actions)), jnp.int32)
+    state, node = jax.tree.map(repeat, (state, root))
+    visits = zeros.at[0].set(1)
+    return Tree(state, node, jnp.full(num_nodes, -1), children, zeros, zeros, visits, zeros.at[0].set(root.value))
+
+
+def grow(
+    make_child: Callable, params: Any, tree: Tree, made: jax.Array, parents: jax.Array, indices: jax.Array
+) -> Tree:
+    """Makes the children of [W] parents for the actions of these indices, evaluated together; `made` nodes exist. Of
+    equal ones the last is kept."""
+    states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
+    reward, discount, state, node = jax.vmap(make_child, (None, 0, 0, 0))(params, states, nodes, indices)
+    new = made + jnp.arange(len(parents))
+    rows = Tree(state, node, parents, tree.child[new], reward, discount, tree.visits[new], node.value)
+    tree = jax.tree.map(lambda x, y: x.at[new].set(y), tree, rows)
+    return tree._replace(child=tree.child.at[parents, indices].max(new))
+
+
+def child_values(tree: Tree, node: jax.Array) -> jax.Array:
+    """Q [K] of a node's actions; the node's own value where no child was made."""
+    child = tree.child[node]
+    return jnp.where(child > 0, tree.reward[child] + tree.discount[child] * tree.value[child], tree.value[node])
+
+
+def puct(tree: Tree, virtual: jax.Array, node: jax.Array, c_puct: float) -> jax.Array:
+    """What a visit of each action of a node promises, [K]: as in MuZero (Schrittwieser et al. 2020, appendix B), with Q
+    normalised by the node and its children. Each of `virtual` visits [n, K] counts as one that found the least."""
+    child, q = tree.child[node], child_values(tree, node)
+    visits = jnp.where(child > 0, tree.visits[child], 0.0)
+    low, high = jnp.minimum(tree.value[node], q.min()), jnp.maximum(tree.value[node], q.max())
+    q = jnp.where(child > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
+    taken, total = visits + virtual[node], tree.visits[node] + virtual[node].sum()
+    weight = jnp.sqrt(total) * (c_puct + jnp.log((total + 19652 + 1) / 19652))
+    return q * visits / jnp.maximum(taken, 1.0) + weight * jax.nn.softmax(tree.node.logits[node]) / (taken + 1.0)
+
+
+def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
+    """AlphaZero's search (Silver et al. 2018; as a teacher: Anthony et al. 2017): pUCT, noise at the root, and visit
+    counts as the target. `num_workers` descend one after the other, each under the virtual losses of those before it
+    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`."""
+    make_node = make_node_function(env, network, config)
+    make_child, workers = make_child_function(env, make_node, config), config.num_workers
+
+    def descend(tree: Tree, worker: jax.Array, carry: tuple) -> tuple:
+        virtual, parents, indices = carry
+
+        def body(carry):
+            node, _, _, virtual = carry
+            index = argmax(puct(tree, virtual, node, config.c_puct))
+            return tree.child[node, index], node, index, virtual.at[node, index].add(1.0)
+
+        _, node, index, virtual = jax.lax.while_loop(lambda c: c[0] > 0, body, body((0, 0, 0, virtual)))
+        return virtual, parents.at[worker].set(node), indices.at[worker].set(index)
+
+    def backup(tree: Tree, leaf: jax.Array) -> Tree:
+        def body(carry):
+            visits, values, node, total = carry
+            value = (values[node] * visits[node] + total) / (visits[node] + 1.0)
+            total = tree.reward[node] + tree.discount[node] * total
+            return visits.at[node].add(1.0), values.at[node].set(value), tree.parent[node], total
+
+        init = tree.visits, tree.value, leaf, tree.value[leaf]
+        visits, values, _, _ = jax.lax.while_loop(lambda carry: carry[2] >= 0, body, init)
+        return tree._replace(visits=visits, value=values)
+
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
+        act_key, noise_key, _ = jax.random.split(key, 3)
+        legal, fraction = legal_actions(observation)[root.actions], config.dirichlet_fraction
+        noise = jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha))
+        mixed = jnp.log((1.0 - fraction) * jax.nn.softmax(root.logits) + fraction * noise)
+        noisy = root._replace(logits=jnp.where(legal, mixed, MASKED))
+
+        def simulate(i, tree):
+            nothing = jnp.zeros(workers, jnp.int32)
+            init = jnp.zeros(tree.child.shape), nothing, nothing
+            _, parents, indices = jax.lax.fori_loop(0, workers, functools.partial(descend, tree), init)
+            tree = grow(make_child, params, tree, 1 + i * workers, parents, indices)
+            return jax.lax.fori_loop(0, workers, lambda w, tree: backup(tree, tree.child[parents[w], indices[w]]), tree)
+
+        tree = start_tree(state, noisy, 1 + config.num_simulations)
+        tree = jax.lax.fori_loop(0, config.num_simulations // workers, simulate, tree)
+        child, prior = tree.child[0], jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
+        visits = jnp.where(child > 0, tree.visits[child], 0.0)
+        taken = jax.random.categorical(act_key, jnp.log(visits) / config.acting_temperature)
+        next_node = jax.tree.map(lambda x: x[child[taken]], tree.node)
+        decision = Decision(root.actions, visits / visits.sum(), prior, taken, tree.value[0])
+        return root.actions[taken], decision, next_node
+
+    return Policy(act, start=make_node)
+
+
+def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
+    """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): M actions are sampled at a node, a
+    rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A leaf
+    at less than the depth K gets M children, evaluated together. The target is the root's weights of its samples."""
+    make_node = make_node_function(env, network, config)
+    make_child, num_samples = make_child_function(env, make_node, config), config.num_sampled_actions
+    num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
+
+    def improved(tree: Tree, count: jax.Array, node: jax.Array) -> jax.Array:
+        """Unnormalised logits [K] of the improved policy; count [n, K] says how often an action was sampled."""
+        logits = jnp.log(jnp.maximum(count[node], 1.0)) + child_values(tree, node) / config.soft_temperature
+        return jnp.where(count[node] > 0, logits, MASKED)
+
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
+        def rollout(i, carry):
+            tree, count = carry
+            sample_key, rollout_key = jax.random.split(jax.random.fold_in(key, i))
+
+            def descend(carry):
+                node, depth = carry
+                index = jax.random.categorical(jax.random.fold_in(rollout_key, depth), improved(tree, count, node))
+                return tree.child[node, index], depth + 1
+
+            leaf, depth = jax.lax.while_loop(lambda carry: count[carry[0]].any(), descend, (0, 0))
+            samples = jax.random.categorical(sample_key, tree.node.logits[leaf], shape=(num_samples,))
+            grown = grow(make_child, params, tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
+            is_within = depth < config.search_depth
+            tree = grown._replace(child=jnp.where(is_within, grown.child, tree.child))
+            count = count.at[leaf, samples].add(jnp.where(is_within, 1.0, 0.0))
+
+            def back_up(carry):
+                value, node = carry
+                soft = jax.nn.logsumexp(improved(tree._replace(value=value), count, node)) - math.log(num_samples)
+                return value.at[node].set(config.soft_temperature * soft), tree.parent[node]
+
+            start = jnp.where(is_within, leaf, tree.parent[leaf])
+            value, _ = jax.lax.while_loop(lambda carry: carry[1] >= 0, back_up, (tree.value, start))
+            return tree._replace(value=value), count
+
+        tree = start_tree(state, root, 1 + num_rollouts * num_samples)
+        tree, count = jax.lax.fori_loop(0, num_rollouts, rollout, (tree, jnp.zeros(tree.child.shape)))
+        logits = improved(tree, count, 0)
+        taken = jax.random.categorical(jax.random.fold_in(key, num_rollouts), logits)
+        next_node = jax.tree.map(lambda x: x[tree.child[0, taken]], tree.node)
+        prior = jax.nn.log_softmax(root.logits)
+        decision = Decision(root.actions, jax.nn.softmax(logits), prior, taken, tree.value[0])
+        return root.actions[taken], decision, next_node
+
+    return Policy(act, start=make_node)
+
+
+def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
+    """Best-of-N distillation: of the greedy and N sampled episodes of an instance the best is played and taught, action
+    by action. The memory is that episode: its actions and rewards [T], and the number of the next move."""
+    predict, steps = make_predict(network, config), jnp.arange(config.max_decisions)
+
+    def start(params: Any, state: State, observation: Observation):
+        def episode(number: jax.Array):
+            key = jax.random.fold_in(state.key, number)  # Another one for each instance.
+
+            def step(carry, t):
+                state, observation = carry
+                logits, _ = predict(params, observation)
+                noise = jax.random.gumbel(jax.random.fold_in(key, t), logits.shape)
+                action = argmax(logits + jnp.where(number > 0, noise, 0.0))
+                state, timestep = step_flat(env, state, action)
+                return (state, timestep.observation), (action, timestep.reward)
+
+            return jax.lax.scan(step, (state, observation), steps)[1]
+
+        actions, rewards = jax.vmap(episode)(jnp.arange(1 + config.num_simulations))
+        best = argmax(rewards @ config.discount**steps)
+        return actions[best], rewards[best], 0
+
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple):
+        actions, rewards, t = memory
+        prior = jax.nn.log_softmax(predict(params, observation)[0])[actions[t]]
+        value = discounted_returns(rewards[None], config.discount)[0, t]
+        decision = Decision(actions[t, None], jnp.ones(1), prior[None], jnp.int32(0), value)
+        return actions[t], decision, (actions, rewards, t + 1)
+
+    return Policy(act, start)
+
+
+IMPROVEMENTS = dict(  # Each takes the environment, the network and the configuration.
+    gumbel=lambda *of: make_search_policy(*of, of[-1].num_simulations, of[-1].gumbel_scale),
+    alphazero=make_alphazero,
+    treepi=make_treepi,
+    best_of_n=make_best_of_n,
+)
+
+
 # ================================================== Targets and loss ==================================================
 class Samples(NamedTuple):
     """Training rows. Those whose `mask` is False, padding and what `select_taught` leaves out, enter no minibatch."""
 
     observation: Observation  # leaves [..., ...]
-    actions: jax.Array  # int32 [..., K]
-    weights: jax.Array  # [..., K], policy target
-    returns: jax.Array  # [...], value target
+    decision: Decision  # leaves [..., ...]; its weights are the policy target
+    value_target: jax.Array  # [...]
+    advantage: jax.Array  # [...], return minus the acting network's value; 0 without loss=cispo
+    kl_weight: jax.Array  # [...], of KL(acting || new policy)
     mask: jax.Array  # bool [...]
     target_kl: jax.Array  # [...], KL(policy target || prior), nats
 
@@ -796,12 +1060,14 @@ def discounted_returns(reward: jax.Array, discount: float) -> jax.Array:
     return returns.T
 
 
-def make_samples(trajectory: Trajectory, discount: float) -> Samples:
-    """Flattens episodes into rows: leaves [B * T, ...]."""
-    decision = trajectory.decision
-    returns = discounted_returns(trajectory.reward, discount)
+def make_samples(trajectory: Trajectory, values: jax.Array, config: Config) -> Samples:
+    """Flattens episodes into rows: leaves [B * T, ...]. `values` [B, T] are the acting network's, for loss=cispo."""
+    decision, mask = trajectory.decision, trajectory.mask
+    returns = discounted_returns(trajectory.reward, config.discount)
+    target = decision.value if config.value_target == "search" else returns
+    kl_weight = jnp.full(mask.shape, config.kl_penalty if config.loss == "cispo" else 0.0)
     kl = jnp.maximum(cross_entropy(decision.weights, decision.prior) - entr(decision.weights).sum(-1), 0.0)
-    samples = Samples(trajectory.observation, decision.actions, decision.weights, returns, trajectory.mask, kl)
+    samples = Samples(trajectory.observation, decision, target, returns - values, kl_weight, mask, kl)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
 
 
@@ -823,19 +1089,32 @@ def select_taught(samples: Samples, config: Config) -> Samples:
 
 
 def make_loss(network: hk.Transformed, config: Config):
-    """Returns loss(size, params, samples) -> (scalar, metrics): cross-entropy to the search's weights plus weighted
-    squared error to the return, summed over rows and divided by their number in the minibatch of all devices. Sums
-    over devices of the result and its gradient are then the global mean and its gradient."""
+    """Returns loss(size, params, samples) -> (scalar, metrics), summed over rows and divided by their number in the
+    minibatch of all devices: sums over devices of the result and its gradient are the global mean and its gradient.
+
+    The policy's loss is the cross-entropy to the search's weights or, with loss=cispo, the policy gradient of the taken
+    action under a capped and detached importance weight (MiniMax 2025, 'MiniMax-M1', section 3.1). A bound or a penalty
+    on the way from the acting policy adds KL(acting || new), over the actions that the search kept."""
+    with_kl = config.loss == "cispo" or config.max_policy_kl > 0
 
     def loss(size, params, samples: Samples):
         logits, value = network.apply(params, None, samples.observation, size)
-        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), samples.actions, -1)
-        per_row = {
-            "policy_loss": cross_entropy(samples.weights, log_probs),
-            "value_loss": jnp.square(value - samples.returns),
-        }
+        acted = samples.decision
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), acted.actions, -1)
+        if config.loss == "cispo":
+            taken, old = (jnp.take_along_axis(x, acted.taken[:, None], -1)[:, 0] for x in (log_probs, acted.prior))
+            weight = jnp.minimum(jnp.exp(taken - old), config.epsilon_high)
+            policy_loss = -jax.lax.stop_gradient(weight) * samples.advantage * taken
+        else:
+            policy_loss = cross_entropy(acted.weights, log_probs)
+        per_row = {"policy_loss": policy_loss, "value_loss": jnp.square(value - samples.value_target)}
+        if with_kl:
+            per_row["policy_kl"] = cross_entropy(jnp.exp(acted.prior), log_probs) - entr(jnp.exp(acted.prior)).sum(-1)
         metrics = {name: x.sum() / config.training_batch_size for name, x in per_row.items()}
-        return metrics["policy_loss"] + config.value_loss_weight * metrics["value_loss"], metrics
+        total = metrics["policy_loss"] + config.value_loss_weight * metrics["value_loss"]
+        if with_kl:
+            total += (samples.kl_weight * per_row["policy_kl"]).sum() / config.training_batch_size
+        return total, metrics
 
     return loss
 
@@ -929,30 +1208,38 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
     Each device plays its share of the episodes; the rows are gathered, shuffled the same way everywhere, and each
     device takes its share of every minibatch. So neither the data nor the minibatches depend on the devices.
     """
-    policy = make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
-    rollout = make_rollout(env, policy)
+    rollout = make_rollout(env, IMPROVEMENTS[config.improvement](env, network, config))
     gradients = jax.value_and_grad(make_loss(network, config), argnums=1, has_aux=True)
 
     def collect(params: Any, key: jax.Array) -> tuple[Samples, dict[str, jax.Array]]:
         """The rows of all devices, [rollout_batch_size * T, ...], and metrics."""
         episodes = device_slice(jnp.arange(config.rollout_batch_size))
         trajectory = rollout(params, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, episodes))
-        samples = make_samples(trajectory, config.discount)
+        values = jnp.zeros(trajectory.mask.shape)
+        if config.loss == "cispo":
+            predict = jax.vmap(jax.vmap(make_predict(network, config), (None, 0)), (None, 0))
+            values = predict(params, trajectory.observation)[1]
+        samples = make_samples(trajectory, values, config)
         decisions = psum(samples.mask.sum())
-        searched = {"train/target_entropy": entr(samples.weights).sum(-1), "train/target_kl": samples.target_kl}
+        entropy = entr(samples.decision.weights).sum(-1)
+        searched = {"train/target_entropy": entropy, "train/target_kl": samples.target_kl}
         metrics = {name: psum(jnp.where(samples.mask, x, 0.0).sum()) / decisions for name, x in searched.items()}
         metrics |= rollout_metrics(trajectory, config) | {"decisions": decisions}
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples), metrics
 
     def minibatch_step(carry, inputs, samples: Samples, rate: jax.Array):
-        params, opt_state = carry
+        params, opt_state, multiplier = carry
         rows, permutations = (device_slice(x) for x in inputs)  # From [M] each, equal on every device.
         batch = jax.tree.map(lambda x: x[rows], samples)
+        if config.max_policy_kl:
+            batch = batch._replace(kl_weight=jnp.full_like(batch.kl_weight, multiplier))
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
         (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params))
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return apply_gradients(config, params, opt_state, loss, grads, rate), metrics
+        if config.max_policy_kl:  # Up while the bound is broken, and down, by at most a factor of 2 a minibatch.
+            multiplier *= jnp.clip(metrics["policy_kl"] / config.max_policy_kl, 0.5, 2.0)
+        return (*apply_gradients(config, params, opt_state, loss, grads, rate), multiplier), metrics
 
     def iterate(state: TrainState):
         collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
@@ -965,7 +1252,8 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
         rate = learning_rate(config, state.iteration)
         step = functools.partial(minibatch_step, samples=samples, rate=rate)
-        (params, opt_state), learned = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
+        init = (state.params, state.opt_state, jnp.float32(1.0))
+        (params, opt_state, _), learned = jax.lax.scan(step, init, (rows, permutations))
         metrics |= {f"train/{name}": x.mean() for name, x in learned.items()} | {"train/learning_rate": rate}
         metrics["train/skipped_updates"] = opt_state.total_notfinite - state.opt_state.total_notfinite
         metrics["skipped_in_a_row"] = opt_state.notfinite_count
