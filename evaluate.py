@@ -34,6 +34,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 from unittest import mock
 
@@ -209,7 +210,7 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
         raise UsageError(reason) from None
     for key, need in getattr(config, "needs", {}).items():
         other, _, value = need.partition("=")
-        if key in typed and getattr(config, other) != value:
+        if key in typed and getattr(config, key) != fields[key].default and getattr(config, other) != value:
             raise UsageError(f"{key}={typed[key]}: expected with {need} alone; type {need}, or drop {key}")
     return config, preset
 
@@ -700,6 +701,217 @@ def on_first_process(function: Callable[[], Any]) -> Any:
     if error:
         raise error if jax.process_index() == 0 else type(error)("")  # Said once.
     return result
+
+
+# ========================================== Training runs: folder, log, W&B ===========================================
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands, beside its TrainState. A checkpoint has these under the same names."""
+
+    iteration: int = 0
+    frames: int = 0  # decisions played to learn from
+    seconds: float = 0.0  # wall-clock
+    wandb_id: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
+
+
+class Run:
+    """The folder of a run with its checkpoints and metrics.jsonl, a lock against a second run, a progress bar, and
+    Weights & Biases where it works. Of several processes the first writes; the others do not."""
+
+    def __init__(self, config: Any, method: str):
+        self.config, self.method = config, method
+        self.path, self.log = config.run_dir(), config.run_dir() / "metrics.jsonl"
+        self._lock = self._file = self._wandb = self._bar = None
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.path / f"iter_{iteration:06d}.pkl"
+
+    def checkpoint_to_resume(self) -> dict | None:
+        """Applies `resume` and `overwrite`: the checkpoint to continue from, None for a fresh start. Makes and deletes
+        nothing. Raises `UsageError` if files of an earlier run are in the way."""
+        config, checkpoint = self.config, None
+        with file_errors(self.path):
+            if (self.path / ".lock").exists() and os.access(self.path, os.W_OK):
+                self._lock = lock_folder(self.path)  # Before its files are looked at.
+            earlier = find_checkpoints(self.path)
+            in_the_way = [*earlier, *self.path.glob(self.log.name)]
+        if config.resume == "auto":
+            checkpoint, in_the_way = newest_readable(earlier, self.method, config.env_id), []
+        elif config.resume:
+            checkpoint = read_checkpoint(config.resume, self.method, config.env_id)
+            if Path(config.resume).resolve().parent == self.path.resolve():
+                in_the_way = [path for path in earlier if int(path.stem[5:]) > checkpoint["iteration"]]
+            else:
+                checkpoint["wandb_id"] = Progress().wandb_id  # A branch is a run of its own.
+        if in_the_way and not config.overwrite:
+            what = f"{in_the_way[-1]} of an earlier run would be lost; type resume=auto to continue from the newest"
+            hint = "overwrite=true (without resume) to delete the run, or another save_dir"
+            raise UsageError(f"{what} checkpoint there, {hint}")
+        return checkpoint
+
+    def take(self) -> None:
+        """Makes and locks the folder, and deletes what a killed run left half-written there, or all for `overwrite`."""
+        with file_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(f"no permission to write in {self.path}")
+            self._lock = self._lock or lock_folder(self.path)
+            earlier = [*find_checkpoints(self.path), *self.path.glob(self.log.name)] if self.config.overwrite else []
+            for file in [*self.path.glob(".*.tmp"), *earlier]:
+                file.unlink()
+
+    def start_log(self, progress: Progress) -> None:
+        """Opens metrics.jsonl, W&B and the progress bar. Rows that came after the checkpoint will be made again."""
+        last, temporary = progress.iteration or -1, self.path / ".metrics.jsonl.tmp"  # A fresh run keeps no row.
+        with file_errors(self.log):
+            rows = [row for row in read_log(self.log) if row["iteration"] <= last]
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, self.log)
+            self._file = open(self.log, "a", buffering=1)
+        start = lambda: start_wandb(self.config, self.method, self.path, progress.wandb_id, rows)
+        self._wandb = self._try_wandb("did not start", start)
+        self._bar = tqdm.tqdm(total=self.config.max_num_iters, initial=progress.iteration, unit="it", disable=None)
+
+    def _try_wandb(self, what: str, call: Callable[[], Any]) -> Any:
+        """W&B is never the reason that training stops."""
+        try:
+            return call()
+        except Exception as error:
+            self._wandb = None
+            with contextlib.suppress(Exception):
+                sys.modules["wandb"].teardown()  # Else what is left of it raises at the end of the process.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            hint = f"`wandb.log` of each line of {self.log} uploads it later"
+            tqdm.tqdm.write(f"W&B {what} ({reason}); training goes on, and {hint}")
+
+    def record(self, row: dict[str, float]) -> None:
+        """Logs one row an iteration: `iteration`, `frames` (decisions so far), `hours` and the metrics; says what was
+        evaluated, and shows return, loss and speed beside the progress bar."""
+        if self._file is None:  # In all processes but the first.
+            return
+        for name in [name for name in ("greedy", "search") if f"eval/{name}/avg_return" in row]:
+            keys = ("avg_return", "avg_return_se", "solved_rate", "packed_items")
+            mean, error, solved, items = (row[f"eval/{name}/{key}"] for key in keys)
+            tqdm.tqdm.write(
+                f"iteration {row['iteration']:5d}  {row['frames']:10,} decisions  {60 * row['hours']:6.1f} min"
+                f"  {name:6}  utilisation {mean:.4f} +- {error:.4f}, filled {solved:.1%}, {items:.2f} items"
+            )
+        with file_errors(self.log):
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # As JSON has it.
+            self._file.write(json.dumps(finite) + "\n")
+        if self._wandb is not None:
+            self._try_wandb("stopped", lambda: self._wandb.log(row))
+        if row["iteration"] > 0:
+            packed, loss = row["rollout/avg_return"], row["train/policy_loss"]
+            rate = f"{row['perf/decisions_per_second']:,.0f} decisions/s"
+            self._bar.set_postfix_str(f"return {packed:.3f}, loss {loss:.3f}, {rate}")
+            self._bar.update()
+
+    def save(self, contents: dict) -> None:
+        """Writes the checkpoint of an iteration and deletes those before the last `keep_checkpoints` up to it. Later
+        ones, which a resumed run skipped as damaged, do not count."""
+        path, keep = self.checkpoint(contents["iteration"]), self.config.keep_checkpoints
+        contents |= dict(config=self.config.model_dump(mode="json"), versions=library_versions())
+        with file_errors(path):
+            sync(self.log)  # The rows reach the disk before the checkpoint that continues after them.
+            write_checkpoint(path, contents | {"format_version": FORMAT_VERSION})
+            found = find_checkpoints(self.path)
+            for older in found[: found.index(path) + 1][: -keep or 0]:
+                older.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._try_wandb("did not finish", self._wandb.finish)
+        for file in filter(None, (self._file, self._lock)):  # The lock last.
+            with contextlib.suppress(OSError):  # Said when the row was written.
+                file.close()
+
+
+def start_wandb(config: Any, method: str, run_dir: Path, run_id: str, rows: list[dict]) -> SimpleNamespace:
+    """A W&B run, online if the user has set it up and offline if not, which gets each iteration once; `rows` are those
+    of an earlier part of the run. The user's WANDB_* settings win. A W&B run that the surrounding program has open, as
+    a sweep's function may, is used and stays open."""
+    import wandb
+
+    settings = dict(
+        WANDB_PROJECT=("project", config.wandb_project),
+        WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
+        WANDB_RUN_GROUP=("group", "/".join(run_dir.parts[-3:-1])),
+        WANDB_RUN_ID=("id", run_id),
+        WANDB_RESUME=("resume", "allow"),
+        WANDB_DIR=("dir", str(run_dir)),
+        WANDB_CONSOLE=("settings", wandb.Settings(console="off")),
+    )
+    arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
+    arguments["config"] = config.model_dump() | {"method": method}
+    if run := wandb.run:
+        print(f"W&B: logged to {run.name}, a run that is open already")
+        run.config.update(arguments["config"], allow_val_change=True)
+        return SimpleNamespace(log=run.log, finish=lambda: None)
+    if os.path.expanduser("~") == "~":  # W&B wants a home.
+        os.environ["HOME"] = str(run_dir / "wandb")
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        arguments["mode"] = "offline"
+    try:
+        run = wandb.init(**arguments)
+    except wandb.errors.CommError as error:
+        print(f"W&B cannot be reached ({str(error).splitlines()[0]}): offline; wandb sync {run_dir}/wandb uploads it")
+        run = wandb.init(**arguments | {"mode": "offline"})
+    for axis in ("iteration", "frames", "hours"):
+        run.define_metric(axis)
+    run.define_metric("*", step_metric="iteration")
+    # Of several offline runs with one id the last upload erases the others: the newest gets all rows and stays alone.
+    for folder in Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"):
+        if folder != Path(run.dir).parent:
+            shutil.rmtree(folder, ignore_errors=True)
+    first = run.step  # Online, W&B knows which comes next.
+
+    def log(row: dict[str, float]) -> None:
+        if row["iteration"] >= first:
+            run.log(row, step=row["iteration"], commit=True)
+
+    for row in rows:
+        log(row)
+    return SimpleNamespace(log=log, finish=run.finish)
+
+
+def join_processes(config: Any) -> None:
+    """Makes this process one of several with JAX's own runtime. A process that hears nothing of another for half a
+    minute ends; where they cannot connect, JAX ends it after `initialization_timeout`, in seconds."""
+    given: dict[str, Any] = dict(initialization_timeout=120, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
+    if config.coordinator_address:
+        given |= config.model_dump(include={"coordinator_address", "num_processes", "process_id"})
+        given |= {"cluster_detection_method": "deactivate"}
+        place = f"process {config.process_id} of {config.num_processes}"
+        print(f"{place} waits for {config.coordinator_address}, up to {given['initialization_timeout']} s", flush=True)
+    try:
+        jax.distributed.initialize(**given)
+    except (RuntimeError, ValueError) as error:
+        hint = "start all, by a cluster's launcher or with coordinator_address, num_processes and process_id"
+        raise UsageError(f"distributed=true: {str(error).splitlines()[0]}; {hint}") from None
+    mine = config.model_dump(mode="json", exclude={"process_id"})
+    first = on_first_process(lambda: mine)
+    others = [f"{k}={as_typed(mine[k])}, not {as_typed(first[k])}" for k in mine if mine[k] != first[k]]
+    if in_any_process(bool(others)):
+        found = ", ".join(others) or "others in another one"
+        raise UsageError(f"distributed=true: expected the keys of process 0 in every process, got {found}")
+
+
+def start_devices(config: Any) -> None:
+    """Starts JAX's devices, of one or of several processes. Raises `UsageError` where the batches do not divide."""
+    if config.distributed:
+        join_processes(config)
+    else:
+        start_jax(config.rollout_batch_size, config.training_batch_size)
+    num_devices = jax.device_count()
+    for key in ("rollout_batch_size", "training_batch_size"):
+        value = getattr(config, key)
+        if value % num_devices:
+            nearest = max(round(value / num_devices), 1) * num_devices
+            raise UsageError(f"{key}={value}: expected a multiple of the {num_devices} devices; type {key}={nearest}")
+    use_compilation_cache(config.compilation_cache_dir)
 
 
 # ================================================= Playing instances ==================================================

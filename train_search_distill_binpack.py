@@ -24,16 +24,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import haiku as hk
@@ -43,7 +40,6 @@ import mctx
 import numpy as np
 import optax
 import tqdm
-import wandb
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import entr
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -111,7 +107,7 @@ class Config(ev.Sizes):
     loss: Literal["cross_entropy", "cispo"] = Field(
         "cross_entropy", description="to the search's distribution, or a policy gradient along its actions"
     )
-    epsilon_high: PositiveFloat = Field(5.0, description="cispo: cap of the importance weights")
+    epsilon_high: PositiveFloat = Field(5.0, description="cap of the importance weights (loss=cispo)")
     kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
     max_policy_kl: NonNegativeFloat = Field(
         0.0, description="bound of KL(acting || new policy) in nats, by a Lagrange multiplier (0: none)"
@@ -1042,7 +1038,7 @@ class Samples(NamedTuple):
 
     observation: Observation  # leaves [..., ...]
     decision: Decision  # leaves [..., ...]; its weights are the policy target
-    value_target: jax.Array  # [...]
+    returns: jax.Array  # [...], value target: Monte-Carlo returns, or as value_target says
     advantage: jax.Array  # [...], return minus the acting network's value; 0 without loss=cispo
     kl_weight: jax.Array  # [...], of KL(acting || new policy)
     mask: jax.Array  # bool [...]
@@ -1060,7 +1056,7 @@ def discounted_returns(reward: jax.Array, discount: float) -> jax.Array:
     return returns.T
 
 
-def make_samples(trajectory: Trajectory, values: jax.Array, config: Config) -> Samples:
+def make_samples(trajectory: Trajectory, config: Config, values: jax.Array | float = 0.0) -> Samples:
     """Flattens episodes into rows: leaves [B * T, ...]. `values` [B, T] are the acting network's, for loss=cispo."""
     decision, mask = trajectory.decision, trajectory.mask
     returns = discounted_returns(trajectory.reward, config.discount)
@@ -1107,7 +1103,7 @@ def make_loss(network: hk.Transformed, config: Config):
             policy_loss = -jax.lax.stop_gradient(weight) * samples.advantage * taken
         else:
             policy_loss = cross_entropy(acted.weights, log_probs)
-        per_row = {"policy_loss": policy_loss, "value_loss": jnp.square(value - samples.value_target)}
+        per_row = {"policy_loss": policy_loss, "value_loss": jnp.square(value - samples.returns)}
         if with_kl:
             per_row["policy_kl"] = cross_entropy(jnp.exp(acted.prior), log_probs) - entr(jnp.exp(acted.prior)).sum(-1)
         metrics = {name: x.sum() / config.training_batch_size for name, x in per_row.items()}
@@ -1215,11 +1211,11 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         """The rows of all devices, [rollout_batch_size * T, ...], and metrics."""
         episodes = device_slice(jnp.arange(config.rollout_batch_size))
         trajectory = rollout(params, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, episodes))
-        values = jnp.zeros(trajectory.mask.shape)
+        values = 0.0
         if config.loss == "cispo":
             predict = jax.vmap(jax.vmap(make_predict(network, config), (None, 0)), (None, 0))
             values = predict(params, trajectory.observation)[1]
-        samples = make_samples(trajectory, values, config)
+        samples = make_samples(trajectory, config, values)
         decisions = psum(samples.mask.sum())
         entropy = entr(samples.decision.weights).sum(-1)
         searched = {"train/target_entropy": entropy, "train/target_kl": samples.target_kl}
@@ -1282,214 +1278,6 @@ def make_evaluate(env: BinPack, network: hk.Transformed, config: Config) -> Call
     return evaluate
 
 
-# ========================= Run: folder, log, devices (twin section: the same in both scripts) =========================
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands, beside its TrainState. A checkpoint has these under the same names."""
-
-    iteration: int = 0
-    frames: int = 0  # decisions played to learn from
-    seconds: float = 0.0  # wall-clock
-    wandb_id: str = dataclasses.field(default_factory=lambda: os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
-
-
-class Run:
-    """The folder of a run with its checkpoints and metrics.jsonl, a lock against a second run, a progress bar, and
-    Weights & Biases where it works. Of several processes the first writes; the others do not."""
-
-    def __init__(self, config: Config):
-        self.config, self.path, self.log = config, config.run_dir(), config.run_dir() / "metrics.jsonl"
-        self._lock = self._file = self._wandb = self._bar = None
-
-    def checkpoint(self, iteration: int) -> Path:
-        return self.path / f"iter_{iteration:06d}.pkl"
-
-    def checkpoint_to_resume(self) -> dict | None:
-        """Applies `resume` and `overwrite`: the checkpoint to continue from, None for a fresh start. Makes and deletes
-        nothing. Raises `UsageError` if files of an earlier run are in the way."""
-        config, checkpoint = self.config, None
-        with ev.file_errors(self.path):
-            if (self.path / ".lock").exists() and os.access(self.path, os.W_OK):
-                self._lock = ev.lock_folder(self.path)  # Before its files are looked at.
-            earlier = ev.find_checkpoints(self.path)
-            in_the_way = [*earlier, *self.path.glob(self.log.name)]
-        if config.resume == "auto":
-            checkpoint, in_the_way = ev.newest_readable(earlier, METHOD, config.env_id), []
-        elif config.resume:
-            checkpoint = ev.read_checkpoint(config.resume, METHOD, config.env_id)
-            if Path(config.resume).resolve().parent == self.path.resolve():
-                in_the_way = [path for path in earlier if int(path.stem[5:]) > checkpoint["iteration"]]
-            else:
-                checkpoint["wandb_id"] = Progress().wandb_id  # A branch is a run of its own.
-        if in_the_way and not config.overwrite:
-            what = f"{in_the_way[-1]} of an earlier run would be lost; type resume=auto to continue from the newest"
-            hint = "overwrite=true (without resume) to delete the run, or another save_dir"
-            raise UsageError(f"{what} checkpoint there, {hint}")
-        return checkpoint
-
-    def take(self) -> None:
-        """Makes and locks the folder, and deletes what a killed run left half-written there, or all for `overwrite`."""
-        with ev.file_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError(f"no permission to write in {self.path}")
-            self._lock = self._lock or ev.lock_folder(self.path)
-            earlier = [*ev.find_checkpoints(self.path), *self.path.glob(self.log.name)] if self.config.overwrite else []
-            for file in [*self.path.glob(".*.tmp"), *earlier]:
-                file.unlink()
-
-    def start_log(self, progress: Progress) -> None:
-        """Opens metrics.jsonl, W&B and the progress bar. Rows that came after the checkpoint will be made again."""
-        last, temporary = progress.iteration or -1, self.path / ".metrics.jsonl.tmp"  # A fresh run keeps no row.
-        with ev.file_errors(self.log):
-            rows = [row for row in ev.read_log(self.log) if row["iteration"] <= last]
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, self.log)
-            self._file = open(self.log, "a", buffering=1)
-        start = lambda: start_wandb(self.config, self.path, progress.wandb_id, rows)
-        self._wandb = self._try_wandb("did not start", start)
-        self._bar = tqdm.tqdm(total=self.config.max_num_iters, initial=progress.iteration, unit="it", disable=None)
-
-    def _try_wandb(self, what: str, call: Callable[[], Any]) -> Any:
-        """W&B is never the reason that training stops."""
-        try:
-            return call()
-        except Exception as error:
-            self._wandb = None
-            with contextlib.suppress(Exception):
-                wandb.teardown()  # Else what is left of it raises at the end of the process.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            hint = f"`wandb.log` of each line of {self.log} uploads it later"
-            tqdm.tqdm.write(f"W&B {what} ({reason}); training goes on, and {hint}")
-
-    def record(self, row: dict[str, float]) -> None:
-        """Logs one row an iteration: `iteration`, `frames` (decisions so far), `hours` and the metrics; says what was
-        evaluated, and shows return, loss and speed beside the progress bar."""
-        if self._file is None:  # In all processes but the first.
-            return
-        for name in [name for name in ("greedy", "search") if f"eval/{name}/avg_return" in row]:
-            keys = ("avg_return", "avg_return_se", "solved_rate", "packed_items")
-            mean, error, solved, items = (row[f"eval/{name}/{key}"] for key in keys)
-            tqdm.tqdm.write(
-                f"iteration {row['iteration']:5d}  {row['frames']:10,} decisions  {60 * row['hours']:6.1f} min"
-                f"  {name:6}  utilisation {mean:.4f} +- {error:.4f}, filled {solved:.1%}, {items:.2f} items"
-            )
-        with ev.file_errors(self.log):
-            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # As JSON has it.
-            self._file.write(json.dumps(finite) + "\n")
-        if self._wandb is not None:
-            self._try_wandb("stopped", lambda: self._wandb.log(row))
-        if row["iteration"] > 0:
-            packed, loss = row["rollout/avg_return"], row["train/policy_loss"]
-            rate = f"{row['perf/decisions_per_second']:,.0f} decisions/s"
-            self._bar.set_postfix_str(f"return {packed:.3f}, loss {loss:.3f}, {rate}")
-            self._bar.update()
-
-    def save(self, contents: dict) -> None:
-        """Writes the checkpoint of an iteration and deletes those before the last `keep_checkpoints` up to it. Later
-        ones, which a resumed run skipped as damaged, do not count."""
-        path, keep = self.checkpoint(contents["iteration"]), self.config.keep_checkpoints
-        contents |= dict(config=self.config.model_dump(mode="json"), versions=ev.library_versions())
-        with ev.file_errors(path):
-            ev.sync(self.log)  # The rows reach the disk before the checkpoint that continues after them.
-            ev.write_checkpoint(path, contents | {"format_version": ev.FORMAT_VERSION})
-            found = ev.find_checkpoints(self.path)
-            for older in found[: found.index(path) + 1][: -keep or 0]:
-                older.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._wandb is not None:
-            self._try_wandb("did not finish", self._wandb.finish)
-        for file in filter(None, (self._file, self._lock)):  # The lock last.
-            with contextlib.suppress(OSError):  # Said when the row was written.
-                file.close()
-
-
-def start_wandb(config: Config, run_dir: Path, run_id: str, rows: list[dict]) -> SimpleNamespace:
-    """A W&B run, online if the user has set it up and offline if not, which gets each iteration once; `rows` are those
-    of an earlier part of the run. The user's WANDB_* settings win. A W&B run that the surrounding program has open, as
-    a sweep's function may, is used and stays open."""
-    settings = dict(
-        WANDB_PROJECT=("project", config.wandb_project),
-        WANDB_NAME=("name", "/".join(run_dir.parts[-3:])),
-        WANDB_RUN_GROUP=("group", "/".join(run_dir.parts[-3:-1])),
-        WANDB_RUN_ID=("id", run_id),
-        WANDB_RESUME=("resume", "allow"),
-        WANDB_DIR=("dir", str(run_dir)),
-        WANDB_CONSOLE=("settings", wandb.Settings(console="off")),
-    )
-    arguments = dict(value for variable, value in settings.items() if variable not in os.environ)
-    arguments["config"] = config.model_dump() | {"method": METHOD}
-    if run := wandb.run:
-        print(f"W&B: logged to {run.name}, a run that is open already")
-        run.config.update(arguments["config"], allow_val_change=True)
-        return SimpleNamespace(log=run.log, finish=lambda: None)
-    if os.path.expanduser("~") == "~":  # W&B wants a home.
-        os.environ["HOME"] = str(run_dir / "wandb")
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-        arguments["mode"] = "offline"
-    try:
-        run = wandb.init(**arguments)
-    except wandb.errors.CommError as error:
-        print(f"W&B cannot be reached ({str(error).splitlines()[0]}): offline; wandb sync {run_dir}/wandb uploads it")
-        run = wandb.init(**arguments | {"mode": "offline"})
-    for axis in ("iteration", "frames", "hours"):
-        run.define_metric(axis)
-    run.define_metric("*", step_metric="iteration")
-    # Of several offline runs with one id the last upload erases the others: the newest gets all rows and stays alone.
-    for folder in Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"):
-        if folder != Path(run.dir).parent:
-            shutil.rmtree(folder, ignore_errors=True)
-    first = run.step  # Online, W&B knows which comes next.
-
-    def log(row: dict[str, float]) -> None:
-        if row["iteration"] >= first:
-            run.log(row, step=row["iteration"], commit=True)
-
-    for row in rows:
-        log(row)
-    return SimpleNamespace(log=log, finish=run.finish)
-
-
-def join_processes(config: Config) -> None:
-    """Makes this process one of several with JAX's own runtime. A process that hears nothing of another for half a
-    minute ends; where they cannot connect, JAX ends it after `initialization_timeout`, in seconds."""
-    given: dict[str, Any] = dict(initialization_timeout=120, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
-    if config.coordinator_address:
-        given |= config.model_dump(include={"coordinator_address", "num_processes", "process_id"})
-        given |= {"cluster_detection_method": "deactivate"}
-        place = f"process {config.process_id} of {config.num_processes}"
-        print(f"{place} waits for {config.coordinator_address}, up to {given['initialization_timeout']} s", flush=True)
-    try:
-        jax.distributed.initialize(**given)
-    except (RuntimeError, ValueError) as error:
-        hint = "start all, by a cluster's launcher or with coordinator_address, num_processes and process_id"
-        raise UsageError(f"distributed=true: {str(error).splitlines()[0]}; {hint}") from None
-    mine = config.model_dump(mode="json", exclude={"process_id"})
-    first = ev.on_first_process(lambda: mine)
-    others = [f"{k}={ev.as_typed(mine[k])}, not {ev.as_typed(first[k])}" for k in mine if mine[k] != first[k]]
-    if ev.in_any_process(bool(others)):
-        found = ", ".join(others) or "others in another one"
-        raise UsageError(f"distributed=true: expected the keys of process 0 in every process, got {found}")
-
-
-def start_devices(config: Config) -> None:
-    """Starts JAX's devices, of one or of several processes. Raises `UsageError` where the batches do not divide."""
-    if config.distributed:
-        join_processes(config)
-    else:
-        ev.start_jax(config.rollout_batch_size, config.training_batch_size)
-    num_devices = jax.device_count()
-    for key in ("rollout_batch_size", "training_batch_size"):
-        value = getattr(config, key)
-        if value % num_devices:
-            nearest = max(round(value / num_devices), 1) * num_devices
-            raise UsageError(f"{key}={value}: expected a multiple of the {num_devices} devices; type {key}={nearest}")
-    ev.use_compilation_cache(config.compilation_cache_dir)
-
-
 # ======================================================== Main ========================================================
 NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_checkpoints", "compilation_cache_dir",
                      "distributed", "coordinator_address", "num_processes", "process_id")  # fmt: skip
@@ -1517,7 +1305,9 @@ def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     return TrainState(checkpoint["model"][0], opt_state, fresh.key, jnp.int32(checkpoint["iteration"]))
 
 
-def train_to_the_end(config: Config, state: TrainState, progress: Progress, run: Run, stop: ev.StopRequest) -> None:
+def train_to_the_end(
+    config: Config, state: TrainState, progress: ev.Progress, run: ev.Run, stop: ev.StopRequest
+) -> None:
     """Trains, evaluates, logs and saves until the last iteration or a request to stop."""
     env, network = make_env(config), make_network(config)
     iterate = jax.pmap(make_train_iteration(env, network, config), axis_name=DEVICES, donate_argnums=0)
@@ -1578,18 +1368,18 @@ def train_to_the_end(config: Config, state: TrainState, progress: Progress, run:
 
 def train(config: Config, preset: str) -> int:
     """Runs or resumes a training run; returns the exit status."""
-    start_devices(config)
-    progress = Progress()
+    ev.start_devices(config)
+    progress = ev.Progress()
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # The first process speaks, and writes, for all.
-    with ev.StopRequest() as stop, contextlib.closing(Run(config)) as run:
+    with ev.StopRequest() as stop, contextlib.closing(ev.Run(config, METHOD)) as run:
         checkpoint = ev.on_first_process(run.checkpoint_to_resume)
         if config.resume and not checkpoint:
             print(f"resume=auto: no checkpoint in {run.path}; the run starts afresh")
         state = init_train_state(make_env(config), make_network(config), config)
         if checkpoint:
             state = restore(config, state, checkpoint)
-            progress = Progress(**{key: checkpoint[key] for key in dataclasses.asdict(progress)})
+            progress = ev.Progress(**{key: checkpoint[key] for key in dataclasses.asdict(progress)})
         elif config.init_from:
             start = ev.on_first_process(lambda: ev.read_checkpoint(ev.newest_in(config.init_from)))
             ev.check_fit("init_from", (state.params, {}), start["model"], network_hint(config, start))

@@ -212,7 +212,7 @@ def damaged(number: int, folder: Path) -> Outcomes:
         flipped[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(good[:place] if i % 5 == 0 else flipped)
         said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.closing(script.Run(config)) as run:
+        with contextlib.redirect_stdout(said), contextlib.closing(evaluate.Run(config, script.METHOD)) as run:
             found = run.checkpoint_to_resume()
         if found["iteration"] == 1:  # What went before it, and a line about it.
             detected += 1
@@ -603,14 +603,14 @@ def long_life(number: int, folder: Path) -> Outcomes:
         seen.append((pages, sum(x.nbytes for x in jax.live_arrays()), len(compiled)))
         own(run, row)
 
-    own, script.Run.record = script.Run.record, record
+    own, evaluate.Run.record = evaluate.Run.record, record
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         words = (f"max_num_iters={number}", "eval_interval=2", "save_interval=2")
         more = ("eval_num_simulations=2", "eval_search_interval=2", "keep_checkpoints=2")
         status, _, said = run_here(folder, *words, *more)
     finally:
-        script.Run.record = own
+        evaluate.Run.record = own
         jax.monitoring.clear_event_listeners()
     if status or not compiled:
         return [f"status {status}, {len(compiled)} programs: {said}"] * number

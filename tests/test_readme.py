@@ -98,7 +98,7 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
 
     group = next(group for group in results["groups"] if group["method"] == "search_distill")
     first = next(run for run in group["runs"] if run["seed"] == 0)
-    run = script.Run(script.Config(**group["config"] | {"seed": 0, "save_dir": "./checkpoints"}))
+    run = evaluate.Run(script.Config(**group["config"] | {"seed": 0, "save_dir": "./checkpoints"}), script.METHOD)
     run._file, run._bar = io.StringIO(), SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
     row = dict(iteration=300, frames=int(first["curve"][-1]["decisions"]), hours=first["curve"][-1]["hours"])
     run.record(row | first["last"] | {"train/policy_loss": 0.0, "perf/decisions_per_second": 0.0})

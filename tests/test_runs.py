@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+import wandb
 from conftest import flat_vector, override
 
 import evaluate
@@ -303,13 +304,13 @@ def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skips(se
     flipped = bytearray(paths[2].read_bytes())
     flipped[len(flipped) // 2] ^= 1
     paths[2].write_bytes(flipped)
-    with contextlib.closing(script.Run(config)) as newest:
+    with contextlib.closing(evaluate.Run(config, script.METHOD)) as newest:
         assert newest.checkpoint_to_resume()["iteration"] == 2
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [f"Skipped {path}" for path in (paths[3], paths[2])]
     for path in paths[:2]:
         path.write_bytes(b"")
-    with contextlib.closing(script.Run(config)) as none:
+    with contextlib.closing(evaluate.Run(config, script.METHOD)) as none:
         with pytest.raises(evaluate.UsageError, match="iter_000001.pkl: not a checkpoint"):
             none.checkpoint_to_resume()
 
@@ -318,10 +319,10 @@ def test_resume_auto_takes_the_newest_sound_checkpoint_and_says_what_it_skips(se
 def test_only_older_checkpoints_are_removed(keep, left, tmp_path, config):
     """A later one, skipped as damaged, does not count: else the sound ones would go for it."""
     with contextlib.closing(
-        script.Run(config.model_copy(update=dict(save_dir=str(tmp_path), keep_checkpoints=keep)))
+        evaluate.Run(config.model_copy(update=dict(save_dir=str(tmp_path), keep_checkpoints=keep)), script.METHOD)
     ) as run:
         run.take()
-        run.start_log(script.Progress())
+        run.start_log(evaluate.Progress())
         for i in (1, 2, 9):
             run.checkpoint(i).touch()
         run.save({"iteration": 3})
@@ -363,7 +364,7 @@ def test_training_goes_on_when_wandb_fails(search_run, tmp_path, monkeypatch, ca
         def finish(self):
             raise RuntimeError("service died")
 
-    monkeypatch.setattr(script, "start_wandb", lambda *_: Broken())
+    monkeypatch.setattr(evaluate, "start_wandb", lambda *_: Broken())
     run_dir = run(tmp_path, "save_interval=100", "save_minutes=0.00001", "keep_checkpoints=2")
     assert "W&B stopped" in capsys.readouterr().out and len(log_of(run_dir)) == 5
     # Saved every iteration for its minutes, and of four checkpoints the newest two are kept.
@@ -378,10 +379,10 @@ def test_the_lock_is_given_back_after_wandb_has_finished(tmp_path, monkeypatch, 
             finished.append(True)
 
     finished = []
-    monkeypatch.setattr(script, "start_wandb", lambda *_: Locked())
-    run = script.Run(config.model_copy(update=dict(save_dir=str(tmp_path))))
+    monkeypatch.setattr(evaluate, "start_wandb", lambda *_: Locked())
+    run = evaluate.Run(config.model_copy(update=dict(save_dir=str(tmp_path))), script.METHOD)
     run.take()
-    run.start_log(script.Progress())
+    run.start_log(evaluate.Progress())
     run.close()
     assert finished == [True]
     evaluate.lock_folder(run.path).close()
@@ -391,10 +392,10 @@ def test_training_starts_when_wandb_does_not(tmp_path, monkeypatch, config, caps
     def refuse(*arguments, **more):
         raise RuntimeError("no service")
 
-    monkeypatch.setattr(script.wandb, "init", refuse)
-    with contextlib.closing(script.Run(config.model_copy(update=dict(save_dir=str(tmp_path))))) as run:
+    monkeypatch.setattr(wandb, "init", refuse)
+    with contextlib.closing(evaluate.Run(config.model_copy(update=dict(save_dir=str(tmp_path))), script.METHOD)) as run:
         run.take()
-        run.start_log(script.Progress())
+        run.start_log(evaluate.Progress())
         assert "W&B did not start" in capsys.readouterr().out
         run.record({"iteration": 0})
     assert json.loads(run.log.read_text()) == {"iteration": 0}

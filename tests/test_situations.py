@@ -322,14 +322,14 @@ def test_the_programs_own_cache_is_kept(situation, tmp_path, monkeypatch):
 # ================================================== Ends and output ===================================================
 def interrupt(monkeypatch, *numbers: int) -> None:
     """Has the process get signals after the first iteration of each run."""
-    record = script.Run.record
+    record = evaluate.Run.record
 
     def record_and_interrupt(run, row):
         record(run, row)
         for number in numbers if row["iteration"] == 1 else ():
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(script.Run, "record", record_and_interrupt)
+    monkeypatch.setattr(evaluate.Run, "record", record_and_interrupt)
 
 
 @situations(
@@ -694,12 +694,12 @@ def test_offline_runs_show_every_iteration_once(situation, tmp_path, offline):
     """Killed an iteration after the last checkpoint."""
     code = """
 import os, sys, train_search_distill_binpack as script
-record = script.Run.record
+record = evaluate.Run.record
 def record_and_die(run, row):
     record(run, row)
     if row["iteration"] == int(sys.argv[1]):
         os.kill(os.getpid(), 9)
-script.Run.record = record_and_die
+evaluate.Run.record = record_and_die
 script.main(sys.argv[2:])
 """
     words = ["save_interval=2", "resume=auto", "max_num_iters=6"]

@@ -26,7 +26,9 @@ def make_rows(observations, seed: int, num_rows: int) -> script.Samples:
     weights /= weights.sum(-1, keepdims=True)
     returns = rng.random(len(actions)).astype(np.float32)
     mask, kl = script.has_legal_action(flat), jnp.array(rng.random(len(actions)), jnp.float32)
-    return script.Samples(flat, jnp.array(actions), jnp.array(weights), jnp.array(returns), mask, kl)
+    decision = script.Decision(jnp.array(actions), jnp.array(weights), jnp.log(weights), actions[:, 0], returns)
+    zeros = jnp.zeros(len(actions))
+    return script.Samples(flat, decision, jnp.array(returns), zeros, zeros, mask, kl)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,10 @@ def test_loss_equals_a_plain_loop(network, config_of_60, params, apply, decision
         logits, value = apply(params, row.observation)
         logits = np.asarray(logits, np.float64)
         log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-        policy_loss -= sum(w * log_probs[a] for a, w in zip(row.actions.tolist(), row.weights.tolist()) if w) / 60
+        policy_loss -= (
+            sum(w * log_probs[a] for a, w in zip(row.decision.actions.tolist(), row.decision.weights.tolist()) if w)
+            / 60
+        )
         value_loss += (float(value) - float(row.returns)) ** 2 / 60
     assert metrics.keys() == {"policy_loss", "value_loss"}
     np.testing.assert_allclose(metrics["policy_loss"], policy_loss, rtol=1e-4)
@@ -79,11 +84,13 @@ def test_loss_equals_a_plain_loop(network, config_of_60, params, apply, decision
 def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(trajectory):
     """A trajectory's padding rows have mask False and reward 0, so that returns stop at the end of the episode."""
     nothing = jnp.zeros((*trajectory.mask.shape, 48))
-    trajectory = trajectory._replace(decision=script.Decision(nothing.astype(jnp.int32), nothing, nothing))
+    trajectory = trajectory._replace(
+        decision=script.Decision(nothing.astype(jnp.int32), nothing, nothing, nothing[..., 0], None)
+    )
     mask, reward = np.asarray(trajectory.mask), np.asarray(trajectory.reward)
     assert not mask.all() and (reward[~mask] == 0).all() and (reward[mask] > 0).all()
     assert (mask[:, :-1] >= mask[:, 1:]).all()
-    samples = script.make_samples(trajectory, 1.0)
+    samples = script.make_samples(trajectory, script.Config())
     first_rows = np.asarray(samples.returns).reshape(mask.shape)[:, 0]
     np.testing.assert_allclose(first_rows, reward.sum(1), rtol=1e-5)
     assert (np.asarray(samples.mask) == mask.reshape(-1)).all()
@@ -92,7 +99,8 @@ def test_targets_of_real_rows_do_not_depend_on_what_follows_the_end(trajectory):
 def test_gradients_are_finite_on_finished_rows(network, config_of_60, params, played):
     finished = np.argwhere(~np.asarray(script.has_legal_action(played[1])))[:60]
     samples = make_rows(jax.tree.map(lambda x: x[finished[:, 0], finished[:, 1]][None], played[1]), 0, 60)
-    samples = samples._replace(weights=jnp.zeros_like(samples.weights))
+    nothing = jnp.zeros_like(samples.decision.weights)
+    samples = samples._replace(decision=samples.decision._replace(weights=nothing))
     assert not samples.mask.any() and len(samples.mask) == 60
     for size in (script.Config().token_sizes[0], (40, 20)):
         (loss, _), gradient = loss_and_gradient(network, config_of_60, params, samples, size)
@@ -228,8 +236,8 @@ def test_only_decisions_that_the_search_moved_are_learned_from(config, trajector
     weights /= weights.sum(-1, keepdims=True)
     prior[0] = weights[0]
     actions = jnp.zeros(weights.shape, jnp.int32)
-    decision = script.Decision(actions, jnp.array(weights), jnp.log(jnp.maximum(prior, 1e-30)))
-    found = script.make_samples(trajectory._replace(decision=decision), 1.0).target_kl
+    decision = script.Decision(actions, jnp.array(weights), jnp.log(jnp.maximum(prior, 1e-30)), actions[..., 0], None)
+    found = script.make_samples(trajectory._replace(decision=decision), script.Config()).target_kl
     w, p = weights.astype(np.float64), np.maximum(prior, 1e-30).astype(np.float64)
     expected = np.where(w > 0, w * (np.log(np.where(w > 0, w, 1.0)) - np.log(p)), 0.0).sum(-1)
     np.testing.assert_allclose(found, expected.ravel(), rtol=1e-4, atol=1e-6)

@@ -93,7 +93,7 @@ def host_shuffling_arm(name: str, env, config: Config) -> Arm:
         key, _ = jax.random.split(jax.random.fold_in(state.key, state.iteration))
         episodes = evaluate.device_slice(jnp.arange(config.rollout_batch_size))
         trajectory = rollout(state.params, jax.vmap(functools.partial(jax.random.fold_in, key))(episodes))
-        return script.make_samples(trajectory, config.discount)
+        return script.make_samples(trajectory, config)
 
     def learn(params, opt_state, batch: script.Samples, permutations):
         if config.permute_axes:
@@ -243,7 +243,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
             network_seconds += number * seconds_in_a_loop(again, jnp.zeros(part, jnp.int32), params, some)
         flop += number * devices * jax.jit(act).lower(params, some).compile().cost_analysis()["flops"]
 
-    samples = script.select_taught(script.make_samples(trajectory, config.discount), config)
+    samples = script.select_taught(script.make_samples(trajectory, config), config)
     local = config.training_batch_size // devices
     rows = np.resize(np.random.default_rng(0).permutation(np.flatnonzero(samples.mask)), local)
     batch = jax.tree.map(lambda x: x[rows], samples)
