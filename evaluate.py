@@ -1263,8 +1263,10 @@ def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], c
         how = searching[0].config if searching else searcher.Config(leaf_value="completion")
         if config.leaf_value != "checkpoint":
             how = how.model_copy(update=dict(leaf_value=config.leaf_value))
-        search = searcher.make_playing_search(env, network, how, config.num_simulations)
-        return [*greedy, (search, params)], how.model_dump(mode="json", include=SEARCH_KEYS)
+        # What a small search fills is not searched at length.
+        numbers = sorted({min(4, config.num_simulations), config.num_simulations})
+        searches = [searcher.make_playing_search(env, network, how, number) for number in numbers]
+        return [*greedy, *((search, params) for search in searches)], how.model_dump(mode="json", include=SEARCH_KEYS)
     sample = make_sample_policy(checkpoint)
     sampled = [(sample, (params, np.int32(number))) for number in range(config.n)]
     return {"greedy": greedy, "sample": sampled[:1], "best_of_n": greedy + sampled}[name], {}

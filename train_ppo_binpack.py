@@ -11,7 +11,7 @@ learning differ. The small presets take about the same time, the full runs play 
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
 D model width, H attention heads, M minibatch.
-Command line, checkpoint files, devices, playing and scoring live in `evaluate.py`, which both scripts share.
+Command line, files, log, W&B, devices, playing and scoring live in `evaluate.py`, which both scripts share.
 
     python train_ppo_binpack.py preset=cpu               # two CPU cores
     python train_ppo_binpack.py                          # an accelerator

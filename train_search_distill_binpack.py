@@ -3,14 +3,14 @@
 Every iteration, on the devices and inside one `pmap`:
 
 1. collect    A batch of episodes is played. At each state Gumbel MuZero search over the true dynamics improves the
-              policy network's distribution, and the search's action is taken.
+              policy network's distribution, and the search's action is taken. `improvement` names other operators.
 2. target     Policy: the search's action weights. Value: the Monte-Carlo return of the episode.
 3. distil     The network is trained on both: cross-entropy plus squared error. The next search starts from there.
               With `min_target_kl`, only on decisions that the search moved.
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
 K searched actions, D model width, H attention heads, N simulations, M minibatch.
-Command line, checkpoint files, devices, playing and scoring live in `evaluate.py`, which both scripts share.
+Command line, files, log, W&B, devices, playing and scoring live in `evaluate.py`, which both scripts share.
 
     python train_search_distill_binpack.py preset=cpu               # two CPU cores
     python train_search_distill_binpack.py                          # an accelerator
@@ -66,10 +66,7 @@ class Config(ev.Sizes):
     rollout_batch_size: PositiveInt = Field(1024, description="episodes an iteration, over all devices")
     discount: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="discount of rewards")
     # Search, the policy improvement of collection. Evaluations with search are played by Gumbel MuZero search.
-    improvement: Literal["gumbel", "alphazero", "treepi", "best_of_n"] = Field(
-        "gumbel",
-        description="Gumbel MuZero search, AlphaZero's, TreePI's local search, or the best of sampled episodes",
-    )
+    improvement: str = Field("gumbel", description="a name in IMPROVEMENTS: gumbel, alphazero, treepi or best_of_n")
     num_simulations: PositiveInt = Field(
         32, description="search simulations a decision (best_of_n: episodes that are sampled for an instance)"
     )
@@ -182,6 +179,9 @@ class Config(ev.Sizes):
         if 0 < self.learning_rate_decay_iters < last:
             what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
             raise ValueError(f"{what}, since nothing is learned at rate 0; type learning_rate_decay_iters={last}")
+        if self.improvement not in IMPROVEMENTS:
+            what = f"improvement={self.improvement}: expected one of {', '.join(IMPROVEMENTS)}"
+            raise ValueError(f"{what}; type improvement=gumbel")
         if self.num_simulations % self.num_workers:
             what = f"num_workers={self.num_workers}: expected a divisor of num_simulations={self.num_simulations}"
             raise ValueError(f"{what}; type num_workers={math.gcd(self.num_simulations, self.num_workers)}")

@@ -271,17 +271,18 @@ def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has
 
     a, b = checkpoint_of("a", True, value_scale=3.0), checkpoint_of("b", True, leaf_value="completion")
     none = checkpoint_of("none", False)
-    config = evaluate.Config(num_simulations=5)
+    config = evaluate.Config(num_simulations=5)  # First 4, and 5 where that leaves room.
     for checkpoint, others, search, scale in (
         (a, [none, b, a], "search a network 5", 3.0),
         (none, [none, b, a], "search b completion 5", 1.0),
         (none, [none, a, b], "search a network 5", 3.0),
     ):
         attempts, settings = evaluate.make_attempts("search", checkpoint, others, config)
-        assert attempts == [(f"greedy {checkpoint.params}", checkpoint.params), (search, checkpoint.params)]
+        policies = f"greedy {checkpoint.params}", search.replace("5", "4"), search
+        assert attempts == [(policy, checkpoint.params) for policy in policies]
         assert settings["value_scale"] == scale and settings["leaf_value"] in search
     monkeypatch.setattr(search_distill, "make_playing_search", lambda env, network, config, n: (config.leaf_value, n))
-    assert evaluate.make_attempts("search", none, [none], config)[0][1] == (("completion", 5), "none")
+    assert evaluate.make_attempts("search", none, [none], config)[0][2] == (("completion", 5), "none")
 
 
 def test_a_script_is_needed_only_where_its_code_plays(few_at_a_time, ppo_run, tmp_path, monkeypatch, capsys):

@@ -183,6 +183,7 @@ def test_a_key_of_another_operator_is_refused_with_a_line(capsys):
         ("improvement=treepi gumbel_scale=0.5", "gumbel_scale=0.5: expected with improvement=gumbel alone"),
         ("kl_penalty=0.1", "kl_penalty=0.1: expected with loss=cispo alone"),
         ("improvement=alphazero num_workers=3", "num_workers=3: expected a divisor of num_simulations=32"),
+        ("improvement=mcts", "improvement=mcts: expected one of gumbel, alphazero, treepi, best_of_n; type"),
     ):
         assert script.main(words.split()) == 2
         assert expected in capsys.readouterr().err

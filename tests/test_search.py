@@ -81,8 +81,8 @@ def test_evaluations_search_widely_without_noise_at_a_scale_of_their_own(env, ne
         script.make_evaluate(env, network, config)
         checkpoint = evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, config, {}, script, env, network)
         evaluate.make_attempts("search", checkpoint, [checkpoint], evaluate.Config(num_simulations=32))
-        considered = (4, 4, 4) if leaf_value == "network" else (4, 5, 16)
-        assert made == [(expected, m, n, 0.0, True) for m, n in zip(considered, (3, 5, 32))]
+        considered = (4, 4, 4, 4) if leaf_value == "network" else (4, 5, 4, 16)
+        assert made == [(expected, m, n, 0.0, True) for m, n in zip(considered, (3, 5, 4, 32))]
         made.clear()
 
 

@@ -68,19 +68,12 @@ VISITED_ONLY = (
 )
 
 
-def value_target(share: float) -> tuple[tuple[str, str], ...]:
-    """The value learns a mixture of the return and of the root's value after search."""
-    return (
-        ("    prior: jax.Array  #", "    value: jax.Array\n    prior: jax.Array  #"),
-        (
-            "Decision(root.actions, output.action_weights, prior), next_node",
-            "Decision(root.actions, output.action_weights, tree.node_values[0], prior), next_node",
-        ),
-        (
-            "    returns = discounted_returns(trajectory.reward, discount)\n",
-            f"    returns = {1 - share} * discounted_returns(trajectory.reward, discount) + {share} * decision.value\n",
-        ),
-    )
+HALF_SEARCHED = (
+    (
+        '    target = decision.value if config.value_target == "search" else returns\n',
+        "    target = 0.5 * (decision.value + returns)\n",
+    ),
+)
 
 
 def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
@@ -105,8 +98,9 @@ def replay(num_iterations: int) -> tuple[tuple[str, str], ...]:
             f"""    _, first = env.reset(state.key)
     count, width = {num_iterations} * config.rollout_batch_size * config.max_decisions, config.search_width
     blank = lambda x: jnp.zeros((count, *x.shape), x.dtype)
-    empty = Samples(jax.tree.map(blank, first.observation), *map(blank, (jnp.zeros(width, jnp.int32), jnp.zeros(width),
-                    jnp.float32(0.0), jnp.bool_(False), jnp.float32(0.0))))
+    none, zeros = jnp.float32(0.0), jnp.zeros(width)
+    decision = Decision(jnp.zeros(width, jnp.int32), zeros, zeros, jnp.int32(0), none)
+    empty = Samples(*jax.tree.map(blank, (first.observation, decision, none, none, none, jnp.bool_(False), none)))
     evaluate, state = make_evaluate(env, network, config), replicate(state._replace(rows=empty))
 """,
         ),
@@ -175,8 +169,8 @@ VARIANTS = [
     Variant("simulations and considered actions", "2 and 2", simulations(2), timed=True),
     Variant("simulations and considered actions", "8 and 8", simulations(8), timed=True),
     Variant("leaf values", VH, VALUE_HEAD, (), ALL, True),
-    Variant("target of the value", "searched value of the root", VALUE_HEAD, value_target(1.0), VH),
-    Variant("target of the value", "half searched value, half return", VALUE_HEAD, value_target(0.5), VH),
+    Variant("target of the value", "searched value of the root", (*VALUE_HEAD, "value_target=search"), (), VH),
+    Variant("target of the value", "half searched value, half return", VALUE_HEAD, HALF_SEARCHED, VH),
     Variant("target of the policy", ALL, ("min_target_kl=0",)),
     Variant("target of the policy", "every decision, 16 epochs", ("min_target_kl=0", "num_epochs=16"), timed=True),
     Variant("target of the policy", "weights of visited actions only", ("min_target_kl=0",), VISITED_ONLY, ALL),
