@@ -11,7 +11,8 @@
 
 A CHECKPOINT is a .pkl that a run saved or that `checkpoints/` has, or the folder of a run. It is played by the
 environment, network, policies and rollout of its own training script, which is imported when the checkpoint is loaded.
-The training scripts import from here what both need: command line, checkpoint files, devices, playing and scoring.
+The training scripts import from here what both need: command line, checkpoint files, a run's folder and log, W&B,
+devices, playing and scoring.
 """
 
 from __future__ import annotations

@@ -907,7 +907,7 @@ def network_hint(config: Config, checkpoint: dict) -> str:
 
 def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     """The state that a checkpoint continues from; says which keys change that matter. Raises `UsageError`."""
-    old, new = checkpoint["config"], config.model_dump(mode="json")
+    old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RESULT]
     hint = network_hint(config, checkpoint)
     if not checkpoint["opt_state"]:

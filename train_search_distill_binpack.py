@@ -68,7 +68,7 @@ class Config(ev.Sizes):
     # Search, the policy improvement of collection. Evaluations with search are played by Gumbel MuZero search.
     improvement: str = Field("gumbel", description="a name in IMPROVEMENTS: gumbel, alphazero, treepi or best_of_n")
     num_simulations: PositiveInt = Field(
-        32, description="search simulations a decision (best_of_n: episodes that are sampled for an instance)"
+        32, description="simulations a decision (treepi: rollouts; best_of_n: sampled episodes an instance)"
     )
     leaf_value: Literal["network", "completion"] = Field(
         "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
@@ -90,7 +90,7 @@ class Config(ev.Sizes):
     num_workers: PositiveInt = Field(
         1, description="alphazero: workers on one tree; the network evaluates their leaves together"
     )
-    num_sampled_actions: PositiveInt = Field(8, description="treepi: actions M that are sampled at a node")
+    num_sampled_actions: PositiveInt = Field(8, description="treepi: actions M that a rollout samples and evaluates")
     search_depth: PositiveInt = Field(3, description="treepi: moves K that a rollout looks ahead (1: as MPO)")
     soft_temperature: PositiveFloat = Field(0.04, description="treepi: alpha, in units of the return")
     # Learning.
@@ -107,7 +107,7 @@ class Config(ev.Sizes):
     epsilon_high: PositiveFloat = Field(5.0, description="cap of the importance weights (loss=cispo)")
     kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
     max_policy_kl: NonNegativeFloat = Field(
-        0.0, description="bound of KL(acting || new policy) in nats, by a Lagrange multiplier (0: none)"
+        0.0, description="mean KL(acting || new policy) in nats that a Lagrange multiplier allows (0: any)"
     )
     value_target: Literal["return", "search"] = Field(
         "return", description="Monte-Carlo returns, or the value of the root after the search"
@@ -149,7 +149,7 @@ class Config(ev.Sizes):
     num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
-    # What a key that only some runs use needs; `evaluate.parse_command_line` refuses it elsewhere.
+    # Keys of one operator or loss, with what each needs; `evaluate.parse_command_line` refuses other values elsewhere.
     needs: ClassVar = dict(gumbel_scale="improvement=gumbel", epsilon_high="loss=cispo", kl_penalty="loss=cispo")
     needs |= dict.fromkeys(("c_puct", "dirichlet_alpha", "dirichlet_fraction", "acting_temperature", "num_workers"),
                            "improvement=alphazero")  # fmt: skip
@@ -182,7 +182,7 @@ class Config(ev.Sizes):
         if self.improvement not in IMPROVEMENTS:
             what = f"improvement={self.improvement}: expected one of {', '.join(IMPROVEMENTS)}"
             raise ValueError(f"{what}; type improvement=gumbel")
-        if self.num_simulations % self.num_workers:
+        if self.improvement == "alphazero" and self.num_simulations % self.num_workers:
             what = f"num_workers={self.num_workers}: expected a divisor of num_simulations={self.num_simulations}"
             raise ValueError(f"{what}; type num_workers={math.gcd(self.num_simulations, self.num_workers)}")
         if self.resume and self.overwrite:
@@ -855,13 +855,13 @@ def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
 
 
 def grow(
-    make_child: Callable, params: Any, tree: Tree, made: jax.Array, parents: jax.Array, indices: jax.Array
+    make_child: Callable, params: Any, tree: Tree, num_nodes: jax.Array, parents: jax.Array, indices: jax.Array
 ) -> Tree:
-    """Makes the children of [W] parents for the actions of these indices, evaluated together; `made` nodes exist. Of
-    equal ones the last is kept."""
+    """Makes the children of [W] parents for the actions of these indices, evaluated together; the tree has `num_nodes`
+    so far. Of a child that is made twice the last copy is kept."""
     states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
     reward, discount, state, node = jax.vmap(make_child, (None, 0, 0, 0))(params, states, nodes, indices)
-    new = made + jnp.arange(len(parents))
+    new = num_nodes + jnp.arange(len(parents))
     rows = Tree(state, node, parents, tree.child[new], reward, discount, tree.visits[new], node.value)
     tree = jax.tree.map(lambda x, y: x.at[new].set(y), tree, rows)
     return tree._replace(child=tree.child.at[parents, indices].max(new))
@@ -873,14 +873,15 @@ def child_values(tree: Tree, node: jax.Array) -> jax.Array:
     return jnp.where(child > 0, tree.reward[child] + tree.discount[child] * tree.value[child], tree.value[node])
 
 
-def puct(tree: Tree, virtual: jax.Array, node: jax.Array, c_puct: float) -> jax.Array:
-    """What a visit of each action of a node promises, [K]: as in MuZero (Schrittwieser et al. 2020, appendix B), with Q
-    normalised by the node and its children. Each of `virtual` visits [n, K] counts as one that found the least."""
+def puct(tree: Tree, virtual_visits: jax.Array, node: jax.Array, c_puct: float) -> jax.Array:
+    """The pUCT score of each action of a node, [K], as in MuZero (Schrittwieser et al. 2020, appendix B): Q is
+    normalised by the values of the node and its children. A virtual visit, of [n, K], counts as one with Q = 0."""
     child, q = tree.child[node], child_values(tree, node)
     visits = jnp.where(child > 0, tree.visits[child], 0.0)
     low, high = jnp.minimum(tree.value[node], q.min()), jnp.maximum(tree.value[node], q.max())
     q = jnp.where(child > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
-    taken, total = visits + virtual[node], tree.visits[node] + virtual[node].sum()
+    virtual = virtual_visits[node]
+    taken, total = visits + virtual, tree.visits[node] + virtual.sum()
     weight = jnp.sqrt(total) * (c_puct + jnp.log((total + 19652 + 1) / 19652))
     return q * visits / jnp.maximum(taken, 1.0) + weight * jax.nn.softmax(tree.node.logits[node]) / (taken + 1.0)
 
@@ -888,7 +889,8 @@ def puct(tree: Tree, virtual: jax.Array, node: jax.Array, c_puct: float) -> jax.
 def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """AlphaZero's search (Silver et al. 2018; as a teacher: Anthony et al. 2017): pUCT, noise at the root, and visit
     counts as the target. `num_workers` descend one after the other, each under the virtual losses of those before it
-    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`."""
+    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`, but for
+    the noise: ours goes to legal actions alone."""
     make_node = make_node_function(env, network, config)
     make_child, workers = make_child_function(env, make_node, config), config.num_workers
 
@@ -900,6 +902,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
             index = argmax(puct(tree, virtual, node, config.c_puct))
             return tree.child[node, index], node, index, virtual.at[node, index].add(1.0)
 
+        # The root is left before the first test, since 0 also means that there is no child.
         _, node, index, virtual = jax.lax.while_loop(lambda c: c[0] > 0, body, body((0, 0, 0, virtual)))
         return virtual, parents.at[worker].set(node), indices.at[worker].set(index)
 
@@ -917,7 +920,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
     def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
         act_key, noise_key, _ = jax.random.split(key, 3)
         legal, fraction = legal_actions(observation)[root.actions], config.dirichlet_fraction
-        noise = jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha))
+        noise = jnp.where(legal, jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha)), 0.0)
+        noise /= jnp.maximum(noise.sum(), 1e-9)
         mixed = jnp.log((1.0 - fraction) * jax.nn.softmax(root.logits) + fraction * noise)
         noisy = root._replace(logits=jnp.where(legal, mixed, MASKED))
 
@@ -943,7 +947,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): M actions are sampled at a node, a
     rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A leaf
-    at less than the depth K gets M children, evaluated together. The target is the root's weights of its samples."""
+    at less than the depth K gets M children, evaluated together; a rollout that reaches the depth K changes nothing.
+    The target is the root's weights of its samples. K=1 is the improvement of MPO (Abdolmaleki et al. 2018)."""
     make_node = make_node_function(env, network, config)
     make_child, num_samples = make_child_function(env, make_node, config), config.num_sampled_actions
     num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
@@ -994,11 +999,11 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """Best-of-N distillation: of the greedy and N sampled episodes of an instance the best is played and taught, action
     by action. The memory is that episode: its actions and rewards [T], and the number of the next move."""
-    predict, steps = make_predict(network, config), jnp.arange(config.max_decisions)
+    predict, steps = make_predict(network, config), jnp.arange(env.generator.max_num_items - 1)
 
     def start(params: Any, state: State, observation: Observation):
         def episode(number: jax.Array):
-            key = jax.random.fold_in(state.key, number)  # Another one for each instance.
+            key = jax.random.fold_in(state.key, number)  # The state's key differs between instances.
 
             def step(carry, t):
                 state, observation = carry
@@ -1015,11 +1020,13 @@ def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         return actions[best], rewards[best], 0
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple):
-        actions, rewards, t = memory
-        prior = jax.nn.log_softmax(predict(params, observation)[0])[actions[t]]
+        episode, rewards, t = memory
+        logits, _ = predict(params, observation)
+        _, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
+        actions = actions.at[-1].set(jnp.where((actions == episode[t]).any(), actions[-1], episode[t]))
+        weights, prior = (actions == episode[t]).astype(jnp.float32), jax.nn.log_softmax(logits[actions])
         value = discounted_returns(rewards[None], config.discount)[0, t]
-        decision = Decision(actions[t, None], jnp.ones(1), prior[None], jnp.int32(0), value)
-        return actions[t], decision, (actions, rewards, t + 1)
+        return episode[t], Decision(actions, weights, prior, argmax(weights), value), (episode, rewards, t + 1)
 
     return Policy(act, start)
 
@@ -1039,8 +1046,8 @@ class Samples(NamedTuple):
     observation: Observation  # leaves [..., ...]
     decision: Decision  # leaves [..., ...]; its weights are the policy target
     returns: jax.Array  # [...], value target: Monte-Carlo returns, or as value_target says
-    advantage: jax.Array  # [...], return minus the acting network's value; 0 without loss=cispo
-    kl_weight: jax.Array  # [...], of KL(acting || new policy)
+    advantage: jax.Array  # [...], return minus the acting network's value, for loss=cispo
+    kl_weight: jax.Array  # [...], of KL(acting || new policy) in the loss
     mask: jax.Array  # bool [...]
     target_kl: jax.Array  # [...], KL(policy target || prior), nats
 
@@ -1089,23 +1096,26 @@ def make_loss(network: hk.Transformed, config: Config):
     minibatch of all devices: sums over devices of the result and its gradient are the global mean and its gradient.
 
     The policy's loss is the cross-entropy to the search's weights or, with loss=cispo, the policy gradient of the taken
-    action under a capped and detached importance weight (MiniMax 2025, 'MiniMax-M1', section 3.1). A bound or a penalty
-    on the way from the acting policy adds KL(acting || new), over the actions that the search kept."""
+    action under a capped and detached importance weight (MiniMax 2025, 'MiniMax-M1', section 3.1). `kl_penalty` and
+    `max_policy_kl` add KL(acting || new policy). This and the importance weight are those of the policies restricted to
+    the K actions that the search kept."""
     with_kl = config.loss == "cispo" or config.max_policy_kl > 0
 
     def loss(size, params, samples: Samples):
         logits, value = network.apply(params, None, samples.observation, size)
         acted = samples.decision
         log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), acted.actions, -1)
+        kept = jax.nn.log_softmax(log_probs)
         if config.loss == "cispo":
-            taken, old = (jnp.take_along_axis(x, acted.taken[:, None], -1)[:, 0] for x in (log_probs, acted.prior))
-            weight = jnp.minimum(jnp.exp(taken - old), config.epsilon_high)
+            arrays = log_probs, kept, acted.prior
+            taken, new, old = (jnp.take_along_axis(x, acted.taken[:, None], -1)[:, 0] for x in arrays)
+            weight = jnp.minimum(jnp.exp(new - old), config.epsilon_high)
             policy_loss = -jax.lax.stop_gradient(weight) * samples.advantage * taken
         else:
             policy_loss = cross_entropy(acted.weights, log_probs)
         per_row = {"policy_loss": policy_loss, "value_loss": jnp.square(value - samples.returns)}
         if with_kl:
-            per_row["policy_kl"] = cross_entropy(jnp.exp(acted.prior), log_probs) - entr(jnp.exp(acted.prior)).sum(-1)
+            per_row["policy_kl"] = cross_entropy(jnp.exp(acted.prior), kept) - entr(jnp.exp(acted.prior)).sum(-1)
         metrics = {name: x.sum() / config.training_batch_size for name, x in per_row.items()}
         total = metrics["policy_loss"] + config.value_loss_weight * metrics["value_loss"]
         if with_kl:
@@ -1123,9 +1133,20 @@ class TrainState(NamedTuple):
     iteration: jax.Array  # int32 [], iterations done
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam with clipped gradients, before the learning rate."""
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
+def kl_multiplier(bound: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps the Lagrange multiplier of `max_policy_kl`, and leaves the gradient as it is. In a minibatch it changes by
+    at most a factor of 2, up where policy_kl exceeds the bound, so that in the mean policy_kl becomes the bound."""
+
+    def update(updates, multiplier, params=None, *, policy_kl, **_):
+        return updates, multiplier * 2.0 ** jnp.clip(policy_kl / bound - 1.0, -1.0, 1.0)
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.float32(1.0), update)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Adam with clipped gradients, before the learning rate; at the end the multiplier, if there is a bound."""
+    bounds = [kl_multiplier(config.max_policy_kl)] if config.max_policy_kl else []
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(), *bounds)
 
 
 def learning_rate(config: Config, iteration: jax.Array) -> jax.Array:
@@ -1177,13 +1198,15 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     return jax.tree.map(lambda x: x.sum(0), parts)
 
 
-def apply_gradients(config: Config, params: Any, opt_state: Any, loss: jax.Array, grads: jax.Array, rate: jax.Array):
+def apply_gradients(
+    config: Config, params: Any, opt_state: Any, loss: jax.Array, grads: jax.Array, rate: jax.Array, **for_optimizer
+):
     """One step of the optimizer along grads [number of parameters] -> (params, opt_state); skipped and counted where
     the loss or the gradient's norm is not finite."""
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
     def step():
-        updates, adam = make_optimizer(config).update(grads, opt_state.inner_state)
+        updates, adam = make_optimizer(config).update(grads, opt_state.inner_state, **for_optimizer)
         return optax.apply_updates(params, ravel_pytree(params)[1](-rate * updates)), adam
 
     params, adam = jax.lax.cond(finite, step, lambda: (params, opt_state.inner_state))
@@ -1213,8 +1236,9 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         trajectory = rollout(params, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, episodes))
         values = 0.0
         if config.loss == "cispo":
-            predict = jax.vmap(jax.vmap(make_predict(network, config), (None, 0)), (None, 0))
-            values = predict(params, trajectory.observation)[1]
+            predict = jax.vmap(make_predict(network, config), (None, 0))
+            by_step = jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory.observation)
+            values = jax.lax.map(lambda observation: predict(params, observation)[1], by_step).T
         samples = make_samples(trajectory, config, values)
         decisions = psum(samples.mask.sum())
         entropy = entr(samples.decision.weights).sum(-1)
@@ -1224,18 +1248,17 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples), metrics
 
     def minibatch_step(carry, inputs, samples: Samples, rate: jax.Array):
-        params, opt_state, multiplier = carry
+        params, opt_state = carry
         rows, permutations = (device_slice(x) for x in inputs)  # From [M] each, equal on every device.
         batch = jax.tree.map(lambda x: x[rows], samples)
         if config.max_policy_kl:
-            batch = batch._replace(kl_weight=jnp.full_like(batch.kl_weight, multiplier))
+            batch = batch._replace(kl_weight=batch.kl_weight + opt_state.inner_state[-1])
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
         (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params))
         metrics["grad_norm"] = optax.tree.norm(grads)
-        if config.max_policy_kl:  # Up while the bound is broken, and down, by at most a factor of 2 a minibatch.
-            multiplier *= jnp.clip(metrics["policy_kl"] / config.max_policy_kl, 0.5, 2.0)
-        return (*apply_gradients(config, params, opt_state, loss, grads, rate), multiplier), metrics
+        policy_kl = {"policy_kl": metrics["policy_kl"]} if config.max_policy_kl else {}
+        return apply_gradients(config, params, opt_state, loss, grads, rate, **policy_kl), metrics
 
     def iterate(state: TrainState):
         collect_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.iteration))
@@ -1248,8 +1271,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
         rate = learning_rate(config, state.iteration)
         step = functools.partial(minibatch_step, samples=samples, rate=rate)
-        init = (state.params, state.opt_state, jnp.float32(1.0))
-        (params, opt_state, _), learned = jax.lax.scan(step, init, (rows, permutations))
+        (params, opt_state), learned = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
         metrics |= {f"train/{name}": x.mean() for name, x in learned.items()} | {"train/learning_rate": rate}
         metrics["train/skipped_updates"] = opt_state.total_notfinite - state.opt_state.total_notfinite
         metrics["skipped_in_a_row"] = opt_state.notfinite_count
@@ -1292,7 +1314,7 @@ def network_hint(config: Config, checkpoint: dict) -> str:
 
 def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     """The state that a checkpoint continues from; says which keys change that matter. Raises `UsageError`."""
-    old, new = checkpoint["config"], config.model_dump(mode="json")
+    old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RESULT]
     hint = network_hint(config, checkpoint)
     if not checkpoint["opt_state"]:

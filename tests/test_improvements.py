@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 import pytest
-from conftest import override
+from conftest import flat_vector, override
 
 import evaluate
 import train_search_distill_binpack as script
@@ -56,7 +56,7 @@ def test_treepi_backs_up_soft_values_as_brute_force_does(toy, monkeypatch):
     categorical = jax.random.categorical
     each_once = lambda key, logits, shape=None: jnp.arange(ACTIONS) if shape else categorical(key, logits)
     monkeypatch.setattr(jax.random, "categorical", each_once)
-    alpha, depth = 0.2, 2
+    alpha = 0.2
 
     def q(state: int, depth: int) -> np.ndarray:
         children = 3 * state + 1 + np.arange(ACTIONS)
@@ -126,6 +126,145 @@ def test_virtual_losses_spread_the_workers_over_the_leaves(toy, monkeypatch):
     assert sorted(decision.weights) == [0, 0, 1]
 
 
+def test_parallel_workers_are_those_of_a_slow_reference(toy, monkeypatch):
+    """Of 24 simulations by four workers, with terminal states, a discount, and workers that meet at a leaf."""
+    rewards, values, logits, config = toy
+    discount, terminal = 0.8, {2, 5, *range(13, NUM_STATES)}
+
+    class Reference:
+        def __init__(self, state, reward=0.0, discount=0.0, parent=None):
+            self.state, self.reward, self.discount, self.parent = state, reward, discount, parent
+            self.children, self.virtual, self.visits, self.sum = {}, np.zeros(ACTIONS), 0, 0.0
+
+        value = property(lambda self: self.sum / self.visits)
+
+        def q(self, i):
+            child = self.children.get(i)
+            return child.reward + child.discount * child.value if child else self.value
+
+    def leaf_value(state):
+        return 0.0 if state in terminal or state < 0 else values[state]
+
+    def step(state, i):
+        after = 3 * state + 1 + i
+        if state in terminal or state < 0:
+            return -1, 0.0, 0.0
+        return after, rewards[after], 0.0 if after in terminal else discount
+
+    def select(node):
+        q = np.array([node.q(i) for i in range(ACTIONS)])
+        low, high = min(node.value, q.min()), max(node.value, q.max())
+        visits = np.array([node.children[i].visits if i in node.children else 0 for i in range(ACTIONS)])
+        q = np.where(visits > 0, q - low, 0.0) / max(high - low, 1e-8)
+        prior = np.exp(logits[max(node.state, 0)]) / np.exp(logits[max(node.state, 0)]).sum()
+        total = node.visits + node.virtual.sum()
+        weight = math.sqrt(total) * (1.0 + math.log((total + 19653) / 19652))
+        losses = q * visits / np.maximum(visits + node.virtual, 1)
+        return int(np.argmax(losses + weight * prior / (visits + node.virtual + 1)))
+
+    root, meetings = Reference(0), 0
+    root.visits, root.sum = 1, values[0]
+    for _ in range(6):
+        leaves, passed = [], []
+        for _ in range(4):
+            node = root
+            while True:
+                i = select(node)
+                node.virtual[i] += 1
+                passed.append(node)
+                if i not in node.children:
+                    break
+                node = node.children[i]
+            leaves.append((node, i))
+        meetings += len(leaves) - len({(id(node), i) for node, i in leaves})
+        for node in passed:
+            node.virtual[:] = 0
+        for node, i in leaves:
+            node.children.setdefault(i, Reference(*step(node.state, i), node))
+        for node, i in leaves:
+            node, total = node.children[i], leaf_value(node.children[i].state)
+            while node:
+                node.sum, node.visits = node.sum + total, node.visits + 1
+                node, total = node.parent, node.reward + node.discount * total
+    assert meetings > 0
+
+    def make_node(params, state, *_):
+        known = jnp.isin(state, jnp.array([-1, *terminal]))
+        value = jnp.where(known, 0.0, jnp.array(values, jnp.float32)[state])
+        return script.Node(jnp.arange(ACTIONS), jnp.array(logits, jnp.float32)[jnp.maximum(state, 0)], value, False)
+
+    def make_child(params, state, node, i):
+        after = jnp.where(jnp.isin(state, jnp.array([-1, *terminal])), -1, 3 * state + 1 + i)
+        ends = jnp.isin(after, jnp.array([-1, *terminal]))
+        reward = jnp.where(after < 0, 0.0, jnp.array(rewards, jnp.float32)[after])
+        return reward, jnp.where(ends, 0.0, discount), after, make_node(params, after)
+
+    monkeypatch.setattr(script, "make_node_function", lambda *_: make_node)
+    monkeypatch.setattr(script, "make_child_function", lambda *_: make_child)
+    keys = dict(num_simulations=24, num_workers=4, dirichlet_fraction=0.0, c_puct=1.0)
+    _, decision, _ = searched(script.make_alphazero, config, **keys)
+    expected = [root.children[i].visits if i in root.children else 0 for i in range(ACTIONS)]
+    np.testing.assert_allclose(np.array(decision.weights) * 24, expected, atol=1e-4)
+    np.testing.assert_allclose(decision.value, root.value, rtol=1e-5)
+
+
+def test_the_kl_is_nothing_at_the_acting_policy_and_cispo_is_the_capped_policy_gradient(
+    network, config, params, played
+):
+    """Though the search keeps fewer actions than are legal."""
+    keys = dict(loss="cispo", max_policy_kl=0.01, epsilon_high=1.5, value_loss_weight=0.0, kl_penalty=0.0)
+    config = config.model_copy(update=keys | dict(training_batch_size=40))
+    observation = jax.tree.map(lambda x: x[:40, 1], played[1])
+    logits, _ = network.apply(params, None, observation)
+    top, actions = jax.lax.top_k(logits, 5)
+    assert (np.asarray(observation.action_mask).sum((-2, -1)) > 5).mean() > 0.9
+    rng = np.random.default_rng(0)
+    taken, advantage = jnp.array(rng.integers(0, 2, 40)), jnp.array(rng.normal(size=40), jnp.float32)
+
+    def loss(params, kl_weight, advantage, prior):
+        decision = script.Decision(actions, jnp.zeros(top.shape), prior, taken, advantage)
+        ones = jnp.ones(40)
+        samples = script.Samples(observation, decision, advantage, advantage, kl_weight * ones, ones > 0, ones)
+        return script.make_loss(network, config)((40, 20), params, samples)
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    prior = jax.nn.log_softmax(top)
+    (_, metrics), grads = gradient(params, 1.0, jnp.zeros(40), prior)
+    np.testing.assert_allclose(metrics["policy_kl"], 0.0, atol=1e-6)
+    np.testing.assert_allclose(flat_vector(grads), 0.0, atol=1e-5)
+    other = jax.nn.log_softmax(top + jnp.array(rng.normal(size=top.shape), jnp.float32))
+    (total, metrics), _ = gradient(params, 2.0, advantage, other)
+    p, log_q, a = (np.asarray(x, np.float64) for x in (jnp.exp(other), prior, advantage))
+    kl = (p * (np.asarray(other) - log_q)).sum(-1).mean()
+    pick = lambda x: np.asarray(x)[np.arange(40), np.asarray(taken)]
+    ratio = np.exp(pick(prior) - pick(other))
+    assert 0 < (ratio > 1.5).sum() < 40
+    log_prob = pick(jnp.take_along_axis(jax.nn.log_softmax(logits), actions, -1))
+    policy_loss = -(np.minimum(ratio, 1.5) * a * log_prob).mean()
+    np.testing.assert_allclose(metrics["policy_kl"], kl, rtol=1e-3)
+    np.testing.assert_allclose(metrics["policy_loss"], policy_loss, rtol=1e-3)
+    np.testing.assert_allclose(total, policy_loss + 2.0 * kl, rtol=1e-3)
+
+
+def test_the_value_learns_what_the_search_found_if_asked(trajectory):
+    shape = trajectory.mask.shape
+    actions, ones, value = jnp.zeros((*shape, 1), jnp.int32), jnp.ones((*shape, 1)), jnp.full(shape, 0.25)
+    trajectory = trajectory._replace(decision=script.Decision(actions, ones, 0.0 * ones, actions[..., 0], value))
+    assert (script.make_samples(trajectory, script.Config(value_target="search")).returns == 0.25).all()
+    assert not (script.make_samples(trajectory, script.Config()).returns == 0.25).any()
+
+
+def test_the_multiplier_brings_the_kl_to_its_bound():
+    """With a toy policy whose KL falls as the multiplier grows."""
+    optimizer = script.make_optimizer(script.Config(max_policy_kl=0.01))
+    state = optimizer.init(jnp.zeros(3))
+    assert float(state[-1]) == 1.0
+    for _ in range(60):
+        policy_kl = 0.5 / state[-1]
+        _, state = optimizer.update(jnp.ones(3), state, policy_kl=policy_kl)
+    np.testing.assert_allclose(policy_kl, 0.01, rtol=0.01)
+
+
 def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, config, params):
     """Against the same episodes played one by one."""
     count = 3
@@ -149,7 +288,8 @@ def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, conf
         for _ in range(19):
             action, decision, memory = act(params, None, state, timestep.observation, memory)
             if timestep.observation.action_mask.any():
-                assert decision.actions.tolist() == [int(action)] and decision.weights.tolist() == [1.0]
+                assert decision.actions[decision.taken] == action and decision.weights.sum() == 1.0
+                assert decision.weights[decision.taken] == 1.0
                 np.testing.assert_allclose(decision.value, max(returns) - total, atol=1e-5)
             state, timestep = step(state, action)
             total += float(timestep.reward)

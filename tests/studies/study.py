@@ -237,19 +237,23 @@ def rows_of(folder: Path, seed: int, iterations: int) -> list[dict] | None:
     return rows if rows and rows[-1]["iteration"] == iterations else None
 
 
-def train(variant: Variant, folder: Path, core: int, **words: object) -> None:
-    """The variant's training on one core, with `words` over those of every run of the study."""
-    folder.mkdir(parents=True, exist_ok=True)
-    every = dict(preset="cpu", learning_rate_decay_iters=words["max_num_iters"], eval_num_simulations=0, save_minutes=0)
-    words = every | dict(save_dir=folder) | words | dict(word.split("=", 1) for word in variant.words)
-    command = [sys.executable, str(script_of(variant)), *(f"{key}={value}" for key, value in words.items())]
+def run_command(script: Path | str, words: dict, log: Path, core: int, *paths: Path) -> None:
+    """`script` with these paths and key=value words, on one core; what it prints goes into `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(script), *map(str, paths), *(f"{key}={value}" for key, value in words.items())]
     environment = os.environ | {"WANDB_MODE": "disabled", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     on_core = lambda: os.sched_setaffinity(0, {core})
-    path = folder / f"seed_{words['seed']}.log"
-    with open(path, "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=log, env=environment, preexec_fn=on_core).returncode
+    with open(log, "w") as file:
+        status = subprocess.run(command, stdout=file, stderr=file, env=environment, preexec_fn=on_core).returncode
     if status:
-        raise RuntimeError(f"{variant.name}: status {status}, see {path}")
+        raise RuntimeError(f"status {status}, see {log}")
+
+
+def train(variant: Variant, folder: Path, core: int, **words: object) -> None:
+    """The variant's training on one core, with `words` over those of every run of the study."""
+    every = dict(preset="cpu", learning_rate_decay_iters=words["max_num_iters"], eval_num_simulations=0, save_minutes=0)
+    words = every | dict(save_dir=folder) | words | dict(word.split("=", 1) for word in variant.words)
+    run_command(script_of(variant), words, folder / f"seed_{words['seed']}.log", core)
 
 
 def run(variant: Variant, seed: int, iterations: int, core: int) -> dict:

@@ -1,0 +1,124 @@
+"""Every improvement operator and loss at equal wall-clock: what the network learns, and what a search adds to it.
+
+    python tests/studies/operators.py          # about four hours on 2 cores; goes on where it was stopped
+    python tests/studies/operators.py draw     # only makes the picture, from the results that there are
+
+Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
+decays over them. An arm's time for an iteration is measured first, over `TIMED` of them. Results:
+`tests/studies/operators.json` and `operators.png`; `collect_results.py` makes the README's table.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import study  # noqa: I001  It puts the root on the path.
+
+import evaluate
+import train_ppo_binpack as ppo
+import train_search_distill_binpack as search_distill
+
+HERE = Path(__file__).parent
+RESULTS, PICTURE, RUNS = HERE / "operators.json", HERE / "operators.png", study.ROOT / "checkpoints" / "operators"
+MINUTES = 5.0  # of one core, about what the preset needs until it learns little more
+TIMED = 8
+SEEDS = (0, 1, 2)
+
+
+class Arm(NamedTuple):
+    name: str
+    words: str = ""
+    script: str = search_distill.__file__
+
+
+ALPHAZERO, TREEPI = "improvement=alphazero", "improvement=treepi min_target_kl=0 max_policy_kl=0.005"
+ARMS = (
+    Arm("Gumbel MuZero, 4 simulations"),
+    Arm("AlphaZero, 4 simulations", f"{ALPHAZERO} num_simulations=4"),
+    Arm("AlphaZero, 4 simulations, 4 workers", f"{ALPHAZERO} num_simulations=4 num_workers=4"),
+    Arm("AlphaZero, 16 simulations", f"{ALPHAZERO} num_simulations=16"),
+    Arm("AlphaZero, 16 simulations, 4 workers", f"{ALPHAZERO} num_simulations=16 num_workers=4"),
+    Arm("TreePI, K=1 (MPO)", f"{TREEPI} search_depth=1"),
+    Arm("TreePI, K=3", f"{TREEPI} search_depth=3 num_sampled_actions=4"),
+    Arm("best of 8", "improvement=best_of_n num_simulations=8"),
+    Arm("best of 64", "improvement=best_of_n num_simulations=64"),
+    Arm("Gumbel MuZero, CISPO", "loss=cispo min_target_kl=0"),
+    Arm("Gumbel MuZero, searched values", "value_target=search"),
+    Arm("PPO", "", ppo.__file__),
+    Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
+)
+
+
+def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[Path, list[dict]]:
+    """The folder and the log of a run, or of an earlier one that came to its end."""
+    folder = RUNS / "".join(x if x.isalnum() else "_" for x in f"{arm.name}_{name}")
+    find = lambda: [*folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")]
+    if not find() or evaluate.read_log(find()[0])[-1]["iteration"] < iterations:
+        every = max(iterations // 10, 1)
+        words = dict(max_num_iters=iterations, learning_rate_decay_iters=iterations, eval_interval=every, seed=seed)
+        words |= dict(save_interval=iterations, save_dir=folder, overwrite="true", preset="cpu")
+        if arm.script == search_distill.__file__:
+            words["eval_num_simulations"] = 0
+        words |= dict(word.split("=") for word in arm.words.split())
+        study.run_command(arm.script, words, folder / f"seed_{seed}.log", core)
+    return find()[0].parent, evaluate.read_log(find()[0])
+
+
+def measure(arm: Arm, seed: int, core: int) -> dict:
+    """One run, and the search with 32 simulations on top of its network, on the evaluation's 1,024 instances."""
+    _, timed = train(arm, 0, TIMED, core, "timed")
+    seconds = statistics.median(row["perf/iteration_seconds"] for row in timed[2:])
+    folder, rows = train(arm, seed, max(round(60 * MINUTES / seconds), 2), core, "whole")
+    path = folder / "scores.json"
+    study.run_command(
+        evaluate.__file__, dict(policy="[greedy,search]", json=path), path.with_suffix(".log"), core, folder
+    )
+    greedy, search = json.loads(path.read_text())["rows"]
+    minutes, curve = 0.0, []
+    for row in rows[1:]:
+        minutes += row["perf/iteration_seconds"] / 60
+        if "eval/greedy/avg_return" in row:
+            curve.append([minutes, row["eval/greedy/avg_return"]])
+    found = dict(iterations=rows[-1]["iteration"], decisions=rows[-1]["frames"], minutes=minutes, curve=curve)
+    found |= {f"{kind}_{key}": row[key] for kind, row in (("greedy", greedy), ("search", search))
+              for key in ("avg_return", "solved_rate")}  # fmt: skip
+    return dict(name=arm.name, words=arm.words, seed=seed, commit=study.made_with()["commit"]) | found
+
+
+def draw(results: dict) -> None:
+    """Utilisation of the network alone against minutes: an operator's line is the mean of its seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for arm in ARMS:
+        curves = [row["curve"] for row in results["rows"] if row["name"] == arm.name]
+        if curves:
+            points = zip(*curves)  # Evaluations of all seeds after the same iteration.
+            axes.plot(*zip(*((statistics.mean(x) for x in zip(*point)) for point in points)), label=arm.name)
+    axes.set(xlabel="minutes of one core", ylabel="utilisation, network alone")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["draw"]):
+        print(f"error: expected nothing or draw, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(rows=[])
+    done = {(row["name"], row["seed"]) for row in results["rows"]}
+    arms = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm.name, seed) not in done]
+    for row in study.on_all_cores(measure, [] if argv else arms):
+        results["rows"].append(row)
+        results |= study.made_with() | dict(command="python tests/studies/operators.py", minutes=MINUTES)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print({key: value for key, value in row.items() if key != "curve"}, flush=True)
+    draw(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
