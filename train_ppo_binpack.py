@@ -146,6 +146,10 @@ PRESETS = {  # As one would type them.
     "cpu": "max_num_iters=700 rollout_batch_size=64 training_batch_size=256 learning_rate=8e-3"
     " learning_rate_decay_iters=700 gae_lambda=0.9 entropy_coef=0.003 num_transformer_layers=1 transformer_num_heads=4"
     " transformer_key_size=8 transformer_mlp_units=[64] eval_interval=50 save_interval=50",
+    "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=45 rollout_batch_size=64 training_batch_size=256"
+    " learning_rate=8e-3 learning_rate_decay_iters=45 gae_lambda=0.9 entropy_coef=0.003 num_transformer_layers=1"
+    " transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64] eval_interval=15 eval_batch_size=256"
+    " save_interval=15",
 }
 
 

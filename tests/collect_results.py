@@ -453,12 +453,28 @@ def exact_rows(exact: dict) -> list[dict]:
     return rows
 
 
+def means_over_seeds(rows: list[dict]) -> list[dict]:
+    """One row for those that differ in the seed alone: means, of the utilisation instance by instance."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["trained"], row["num_simulations"], row["items"]), []).append(row)
+    mean = lambda mine, key: statistics.mean(row[key] for row in mine)
+    of_seeds = lambda mine: [statistics.mean(returns) for returns in zip(*(row["returns"] for row in mine))]
+    return [
+        mine[0]
+        | {key: mean(mine, key) for key in ("utilisation", "filled", "seconds")}
+        | dict(returns=of_seeds(mine), seeds=len(mine))
+        for mine in groups.values()
+    ]
+
+
 def sizes_table(sizes: dict, exact: dict) -> str:
     """A line a method: utilisation, share filled and time of an instance for each number of items."""
 
     def label(row: dict) -> str:
         number = row.get("num_simulations")
-        kind = f", with {number}-simulation search on top" if number else ", network alone"
+        trained = {"20_50": ", trained on at 50", "50": ", trained at 50 from scratch"}.get(row.get("trained"), "")
+        kind = trained + (f", with {number}-simulation search on top" if number else ", network alone")
         limit = f", up to {row.get('limit')} s"
         return SIZE_LABELS[row["name"]] + (kind if row["name"] in METHODS else limit if "limit" in row else "")
 
@@ -468,7 +484,8 @@ def sizes_table(sizes: dict, exact: dict) -> str:
         return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.3g} %, {time}"
 
     rows: dict[str, dict[int, dict]] = {}
-    for row in sorted([*sizes["rows"], *exact_rows(exact)], key=lambda row: [*SIZE_LABELS].index(row["name"])):
+    of_methods = means_over_seeds(sizes["rows"]) + exact_rows(exact)
+    for row in sorted(of_methods, key=lambda row: ([*SIZE_LABELS].index(row["name"]), row.get("trained", ""))):
         rows.setdefault(label(row), {})[row["items"]] = row
     columns = sorted({row["items"] for row in sizes["rows"]})
     lines = [f"| utilisation, filled, time | {' | '.join(f'{n} items' for n in columns)} |"]

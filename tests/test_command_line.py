@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +119,8 @@ def test_help_lists_every_key_with_default_and_meaning_and_the_presets(capsys):
     for key, field in script.Config.model_fields.items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [key])
         assert field.description in line and (evaluate.as_typed(field.default) or "''") in line
-    assert list(script.PRESETS) == ["full", "cpu"] and len(script.PRESETS["cpu"].split()) > 10
+    assert list(script.PRESETS) == list(ppo.PRESETS) == ["full", "cpu", "cpu_50"]
+    assert len(script.PRESETS["cpu"].split()) > 10
     for name, words in script.PRESETS.items():
         (line,) = (line for line in text.splitlines() if line.split()[:1] == [name])
         assert line.split()[1:] == (words or "the defaults above").split()

@@ -52,9 +52,10 @@ def test_the_exact_solver_gets_the_instances_that_are_played():
 
 def test_every_method_was_measured_at_every_size():
     results = json.loads(study.collect_results.SIZES.read_text())
-    found = {(row["name"], row["num_simulations"], row["items"]): len(row["returns"]) for row in results["rows"]}
+    keys = ("name", "trained", "seed", "num_simulations", "items")
+    found = {tuple(row[key] for key in keys): len(row["returns"]) for row in results["rows"]}
     assert found == {
-        (player.name, player.num_simulations, items): sizes.num_instances(player, items)
+        (player.name, player.trained, player.seed, player.num_simulations, items): sizes.num_instances(player, items)
         for player in sizes.PLAYERS
         for items in exact_solver.ITEMS
         if sizes.num_instances(player, items)

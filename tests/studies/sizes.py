@@ -1,11 +1,21 @@
 """Sorting, an exact solver and networks at 20, 50 and 100 items: quality against time on two cores.
 
     python tests/studies/exact_solver.py     # first, alone on the machine
-    python tests/studies/sizes.py            # half an hour on 2 cores; goes on where it was stopped
+    python tests/studies/sizes.py            # an hour on 2 cores; goes on where it was stopped
     python tests/studies/sizes.py draw       # only makes the picture, from the results that there are
 
-Each row plays the first of the same evaluation instances, alone on the machine. Results: `tests/studies/sizes.json`
-and `sizes.png`; `collect_results.py` makes the README's table.
+Each row plays the first of the same evaluation instances, alone on the machine. A network whose run is not there is
+left out; the runs, with SEED 0 and 1 (of the first kind seed 0 is the shipped checkpoint), are those of
+
+    python train_search_distill_binpack.py preset=cpu seed=SEED save_dir=checkpoints/sizes/20
+    python train_search_distill_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/20_50 \\
+        init_from=checkpoints/search_distill_cpu.pkl
+    python train_search_distill_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/50 \\
+        max_num_iters=30 learning_rate=4e-3 learning_rate_decay_iters=30
+    python train_ppo_binpack.py preset=cpu seed=SEED save_dir=checkpoints/sizes/20
+    python train_ppo_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/50
+
+Results: `tests/studies/sizes.json` and `sizes.png`; `collect_results.py` makes the README's table.
 """
 
 import json
@@ -32,30 +42,45 @@ PICTURE = Path(__file__).parent / "sizes.png"
 
 class Player(NamedTuple):
     name: str
-    checkpoint: str  # a shipped one; none for a rule
+    trained: str  # the numbers of items that it was trained on; none for a rule
+    seed: int
     policy: str
     num_simulations: int = 0
 
+    def checkpoint(self) -> Path:
+        """The shipped one, or the folder of a run."""
+        if (self.trained, self.seed) == ("20", 0):
+            return ROOT / "checkpoints" / f"{self.name}_cpu.pkl"
+        of_50 = evaluate.Sizes(max_num_items=50, max_num_ems=80).env_name
+        env_name = "BinPack-v2" if self.trained == "20" else of_50
+        method = "ppo" if self.name == "ppo" else "nsim_4"
+        return ROOT / "checkpoints" / "sizes" / self.trained / env_name / method / f"seed_{self.seed}"
+
 
 PLAYERS = (
-    Player("largest_first", "", "largest_first"),
-    Player("ppo", "ppo_cpu.pkl", "greedy"),
-    Player("search_distill", "search_distill_cpu.pkl", "greedy"),
-    Player("search_distill", "search_distill_cpu.pkl", "search", 4),
-    Player("search_distill", "search_distill_cpu.pkl", "search", 32),
+    Player("largest_first", "", 0, "largest_first"),
+    *(Player("ppo", trained, seed, "greedy") for trained in ("20", "50") for seed in (0, 1)),
+    *(
+        Player("search_distill", trained, seed, "search" if number else "greedy", number)
+        for trained in ("20", "20_50", "50")
+        for number in (0, 4, 32)
+        for seed in (0, 1)
+    ),
 )
 
 
 def num_instances(player: Player, items: int) -> int:
-    """256, but fewer or none for searches that take seconds an instance."""
-    return {(100, 4): 64, (100, 32): 0}.get((items, player.num_simulations), 256)
+    """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
+    if items == 100 and player.num_simulations:
+        return {4: 64, 32: 32}[player.num_simulations] if (player.trained, player.seed) == ("20", 0) else 0
+    return 256 if items == 50 or player.trained in ("", "20") else 0
 
 
 def play(player: Player, items: int) -> dict:
     """Utilisation of each instance, and seconds an instance without compilation."""
     sizes = dict(max_num_items=items, max_num_ems=max(40, 8 * items // 5))
-    if player.checkpoint:
-        checkpoint = evaluate.load_checkpoint(ROOT / "checkpoints" / player.checkpoint, **sizes)
+    if player.trained:
+        checkpoint = evaluate.load_checkpoint(player.checkpoint(), **sizes)
     else:
         checkpoint = evaluate.without_network(evaluate.Sizes(**sizes))
     number, config = num_instances(player, items), evaluate.Config(num_simulations=max(player.num_simulations, 1))
@@ -87,8 +112,8 @@ def draw(results: dict, exact: dict) -> None:
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, items in zip(figure.subplots(1, len(ITEMS), sharex=True, sharey=True), ITEMS):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row in results["rows"] + collect_results.exact_rows(exact):
-            if row["items"] == items:
+        for row in collect_results.means_over_seeds(results["rows"]) + collect_results.exact_rows(exact):
+            if row["items"] == items and row.get("trained", "20") in ("20", ""):
                 lines.setdefault(row["name"], []).append((row["seconds"], row["utilisation"]))
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=collect_results.SIZE_LABELS[name])
@@ -108,12 +133,18 @@ def main(argv: list[str]) -> int:
     evaluate.use_compilation_cache(evaluate.CACHE_DIR)
     path = collect_results.SIZES
     results = json.loads(path.read_text()) if path.exists() else dict(rows=[])
-    done = {(row["name"], row["num_simulations"], row["items"]) for row in results["rows"]}
+    keys = ("name", "trained", "seed", "num_simulations", "items")
+    done = {tuple(row[key] for key in keys) for row in results["rows"]}
     for items in ITEMS if not argv else ():
         for player in PLAYERS:
-            if (player.name, player.num_simulations, items) in done or not num_instances(player, items):
+            row = dict(items=items) | player._asdict()
+            del row["policy"]
+            if tuple(row[key] for key in keys) in done or not num_instances(player, items):
                 continue
-            row = dict(name=player.name, items=items, num_simulations=player.num_simulations) | play(player, items)
+            if player.trained and not player.checkpoint().exists():
+                print(f"{player.checkpoint()} is not there: left out")
+                continue
+            row |= play(player, items)
             results["rows"].append(row | dict(commit=study.made_with()["commit"]))
             made_with = dict(command="python tests/studies/sizes.py", cores=os.cpu_count())
             results |= made_with | dict(versions=evaluate.library_versions())
