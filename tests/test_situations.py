@@ -693,7 +693,7 @@ def test_resume_auto_says_that_it_found_nothing(situation, tmp_path, capsys):
 def test_offline_runs_show_every_iteration_once(situation, tmp_path, offline):
     """Killed an iteration after the last checkpoint."""
     code = """
-import os, sys, train_search_distill_binpack as script
+import os, sys, evaluate, train_search_distill_binpack as script
 record = evaluate.Run.record
 def record_and_die(run, row):
     record(run, row)
