@@ -63,7 +63,7 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
     """And a checkpoint of PPO is searched with as the other one is."""
     early = search_run / "iter_000001.pkl"  # It leaves room.
-    rows = run(tmp_path, early, ppo_run, "policy=greedy,search", "num_simulations=4")["rows"]
+    rows = run(tmp_path, early, ppo_run, "policy=greedy,search", "num_simulations=8")["rows"]
     for greedy, search in (rows[0::2], rows[1::2]):
         greedy, search = np.array(greedy["returns"]), np.array(search["returns"])
         assert (search >= greedy).all() and search.mean() > greedy.mean()
