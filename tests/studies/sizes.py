@@ -73,7 +73,7 @@ PLAYERS = (
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
     if items == 100 and player.num_simulations:
-        return {4: 64, 32: 32}[player.num_simulations] if (player.trained, player.seed) == ("20", 0) else 0
+        return 64 if (player.trained, player.seed, player.num_simulations) == ("20", 0, 4) else 0
     if player.trained == "50" and player.num_simulations:
         return 0  # Most of 256 are not filled, and long searches of all of them take half an hour.
     return 256 if items == 50 or player.trained in ("", "20") else 0
