@@ -74,6 +74,7 @@ HEADER = ",".join(COLUMNS)
 MOST = 1000  # Item slots, and spaces.
 DEVICES = "devices"  # The axis that pmap maps over all devices.
 CACHE_DIR = "~/.cache/search-distill-binpack"
+NO_INSTANCE = np.uint32(2**32 - 1)  # A key of these gives a finished state without items, to fill up a batch.
 
 
 def no_address(path: str) -> str:
@@ -946,7 +947,7 @@ def instances_at_a_time() -> int:
 
 def make_player(rollout: Callable) -> Callable[[Any, np.ndarray], Episodes]:
     """Returns play(replicated params, keys [N, 2]) -> Episodes, from a training script's rollout(params, keys) ->
-    Trajectory. Chunks of one size serve every N with one program."""
+    Trajectory. Chunks of one size serve every N with one program; where instances are missing they cost little."""
     size = instances_at_a_time()
 
     def play_chunk(params, keys, _):
@@ -960,10 +961,14 @@ def make_player(rollout: Callable) -> Callable[[Any, np.ndarray], Episodes]:
     @usual_numbers()
     def play(params: Any, keys: np.ndarray, advance: Callable[[int], Any] = lambda count: None) -> Episodes:
         played = []
-        for chunk in np.resize(keys, (-(-len(keys) // size), size, 2)):  # Repeats fill the last chunk.
-            played.append(host_copy(play_chunk(params, chunk, each_device)))
-            advance(size)
-        return Episodes(*(np.concatenate(field)[: len(keys)] for field in zip(*played)))
+        for start in range(0, len(keys), size):
+            some = keys[start : start + size]
+            slots = np.arange(len(some)) * size // len(some)  # The devices share the last chunk evenly.
+            chunk = np.full((size, 2), NO_INSTANCE)
+            chunk[slots] = some
+            played.append(jax.tree.map(lambda x: x[slots], host_copy(play_chunk(params, chunk, each_device))))
+            advance(len(some))
+        return Episodes(*map(np.concatenate, zip(*played)))
 
     return play
 
@@ -1141,6 +1146,19 @@ def make_sample_policy(checkpoint: Checkpoint) -> Policy:
     return Policy(act)
 
 
+def numbered(make_search: Callable[..., Policy], num_simulations: int) -> Policy:
+    """A search that plays an instance again and again. Its params are (network's params, number): the first number, 0,
+    gives the search without noise, and each further one an episode of its own, with Gumbel noise."""
+
+    def act(numbered, key, *state):
+        params, number = numbered
+        search = make_search(num_simulations, gumbel_scale=jnp.minimum(number, 1))
+        return search.act(params, jax.random.fold_in(key, number), *state)
+
+    first = make_search(num_simulations)
+    return Policy(act, lambda numbered, *state: first.start(numbered[0], *state))
+
+
 def make_random_policy(checkpoint: Checkpoint) -> Policy:
     """A uniformly random legal action."""
 
@@ -1218,6 +1236,9 @@ with warnings.catch_warnings():
         leaf_value: Literal["checkpoint", "network", "completion"] = Field(
             "checkpoint", description="value of a new node (policy=search): as in training (PPO: completion), or this"
         )
+        tries: PositiveInt = Field(
+            1, description="plays of what the search has not filled, the later ones with noise (policy=search)"
+        )
         n: PositiveInt = Field(32, description="sampled episodes beside the greedy one (policy=best_of_n)")
         seed: Seed = Field(1_000_000, description="seed that fixes the instances, by default as in training")
         num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
@@ -1264,34 +1285,36 @@ def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], c
         how = searching[0].config if searching else searcher.Config(leaf_value="completion")
         if config.leaf_value != "checkpoint":
             how = how.model_copy(update=dict(leaf_value=config.leaf_value))
+        make_search = functools.partial(searcher.make_playing_search, env, network, how)
         # What a small search fills is not searched at length.
-        numbers = sorted({min(4, config.num_simulations), config.num_simulations})
-        searches = [searcher.make_playing_search(env, network, how, number) for number in numbers]
-        return [*greedy, *((search, params) for search in searches)], how.model_dump(mode="json", include=SEARCH_KEYS)
+        small, large = (numbered(make_search, number) for number in (4, config.num_simulations))
+        attempts = [(small, (params, np.int32(0)))] if config.num_simulations > 4 else []
+        attempts += [(large, (params, np.int32(number))) for number in range(config.tries)]
+        return [*greedy, *attempts], how.model_dump(mode="json", include=SEARCH_KEYS)
     sample = make_sample_policy(checkpoint)
     sampled = [(sample, (params, np.int32(number))) for number in range(config.n)]
     return {"greedy": greedy, "sample": sampled[:1], "best_of_n": greedy + sampled}[name], {}
 
 
 def score(title: str, checkpoint: Checkpoint, attempts: list, keys: np.ndarray) -> tuple[Episodes, float]:
-    """Plays every instance -> (episodes, decisions per second). The speed is that of trying everything on as many
-    instances as the devices play at a time: the decisions of the episodes that count, over the time of all that were
-    played for them, without compilation."""
-    rollouts = {policy: checkpoint.script.make_rollout(checkpoint.env, policy) for policy, _ in attempts}
-    players = {policy: make_player(rollout) for policy, rollout in rollouts.items()}
-    ticks: dict[Policy, list[float]] = {policy: [] for policy in players}  # Ends of chunks; the first one compiles.
-    zeros, size, total = np.zeros(len(keys), int), instances_at_a_time(), len(keys) * len(attempts)
+    """Plays every instance -> (episodes, decisions per second): the decisions of the episodes that count, over the time
+    of all that were played for them, without compilation."""
+    players: dict[Policy, Callable] = {}
+    zeros, total, seconds = np.zeros(len(keys), int), len(keys) * len(attempts), 0.0
     episodes = Episodes(np.full(len(keys), -1.0, np.float32), zeros, zeros.astype(bool))
     with tqdm.tqdm(total=total, desc=title, unit="episode", disable=None, leave=False) as bar:
         for policy, params in attempts:
+            if episodes.solved.all():
+                break
             bar.update(int(episodes.solved.sum()))
-            advance = lambda count: (bar.update(count), ticks[policy].append(time.perf_counter()))
-            play = functools.partial(players[policy], advance=advance)
-            episodes = keep_better(play, replicate(params), keys, episodes)
-            if len(ticks[policy]) < 3:  # Two times are needed, after the chunk that compiles.
-                play(replicate(params), np.resize(keys, (3 * size, 2)))
-    seconds = sum(np.median(np.diff(ticks[policy])) for policy, _ in attempts)
-    return episodes, float(np.resize(episodes.steps, size).sum() / seconds)
+            params = replicate(params)
+            if policy not in players:
+                players[policy] = make_player(checkpoint.script.make_rollout(checkpoint.env, policy))
+                players[policy](params, np.full((1, 2), NO_INSTANCE))  # Compiles.
+            start = time.perf_counter()
+            episodes = keep_better(functools.partial(players[policy], advance=bar.update), params, keys, episodes)
+            seconds += time.perf_counter() - start
+    return episodes, float(episodes.steps.sum() / seconds)
 
 
 def difference(returns: np.ndarray, first: np.ndarray) -> tuple[float, float, float]:

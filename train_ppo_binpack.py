@@ -623,13 +623,16 @@ class Trajectory(NamedTuple):
 
 def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Trajectory]:
     """Returns rollout(params, keys [B, 2]) -> Trajectory. An episode is a function of params and key alone, up to the
-    rounding of the network, whose size depends on the whole batch."""
+    rounding of the network, whose size depends on the whole batch. A key of NO_INSTANCE gives padding alone."""
 
     num_steps = env.generator.max_num_items - 1  # T, the most items that an instance has.
 
     def play(params: Any, key: jax.Array) -> Trajectory:
         state, timestep = env.reset(jax.random.fold_in(key, num_steps))  # 0 ... T - 1 are the keys of the steps.
-        memory = policy.start(params, state, timestep.observation)
+        exists = (key != ev.NO_INSTANCE).any()
+        state = state.replace(items_mask=state.items_mask & exists, action_mask=state.action_mask & exists)
+        observation = timestep.observation._replace(items_mask=state.items_mask, action_mask=state.action_mask)
+        memory = policy.start(params, state, observation)
 
         def step(carry, t):
             state, observation, memory = carry
@@ -638,7 +641,7 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
             row = (observation, decision, timestep.reward, has_legal_action(observation))
             return (state, timestep.observation, memory), row
 
-        init = (state, timestep.observation, memory)
+        init = (state, observation, memory)
         (state, _, _), rows = jax.lax.scan(step, init, jnp.arange(num_steps))
         return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
 

@@ -680,13 +680,16 @@ class Trajectory(NamedTuple):
 
 def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Trajectory]:
     """Returns rollout(params, keys [B, 2]) -> Trajectory. An episode is a function of params and key alone, up to the
-    rounding of the network, whose size depends on the whole batch."""
+    rounding of the network, whose size depends on the whole batch. A key of NO_INSTANCE gives padding alone."""
 
     num_steps = env.generator.max_num_items - 1  # T, the most items that an instance has.
 
     def play(params: Any, key: jax.Array) -> Trajectory:
         state, timestep = env.reset(jax.random.fold_in(key, num_steps))  # 0 ... T - 1 are the keys of the steps.
-        memory = policy.start(params, state, timestep.observation)
+        exists = (key != ev.NO_INSTANCE).any()
+        state = state.replace(items_mask=state.items_mask & exists, action_mask=state.action_mask & exists)
+        observation = timestep.observation._replace(items_mask=state.items_mask, action_mask=state.action_mask)
+        memory = policy.start(params, state, observation)
 
         def step(carry, t):
             state, observation, memory = carry
@@ -695,7 +698,7 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
             row = (observation, decision, timestep.reward, has_legal_action(observation))
             return (state, timestep.observation, memory), row
 
-        init = (state, timestep.observation, memory)
+        init = (state, observation, memory)
         (state, _, _), rows = jax.lax.scan(step, init, jnp.arange(num_steps))
         return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
 
@@ -828,15 +831,18 @@ def make_search_policy(
     return Policy(act, start=make_node)
 
 
-def make_playing_search(env: BinPack, network: hk.Transformed, config: Config, num_simulations: int) -> Policy:
-    """The search of evaluations: no noise, and `eval_value_scale`. As a teacher the search should move the policy
-    little, since what a completion reaches is the network's luck as well as the action's merit. As a player it should
-    take the best that it has seen. One completion tells what an action reaches, so it looks at as many actions as it
-    has simulations, up to 16."""
+def make_playing_search(
+    env: BinPack, network: hk.Transformed, config: Config, num_simulations: int, gumbel_scale: float | jax.Array = 0.0
+) -> Policy:
+    """The search of evaluations, with `eval_value_scale`; noise makes further tries differ. As a teacher the search
+    should move the policy little, since what a completion reaches is the network's luck as well as the action's merit.
+    As a player it should take the best that it has seen. One completion tells what an action reaches, so it looks at as
+    many actions as it has simulations, up to 16."""
     update = dict(value_scale=config.eval_value_scale or config.value_scale)
     if config.leaf_value == "completion":
         update["max_num_considered_actions"] = max(config.max_num_considered_actions, min(num_simulations, 16))
-    return make_search_policy(env, network, config.model_copy(update=update), num_simulations, 0.0, plays=True)
+    config = config.model_copy(update=update)
+    return make_search_policy(env, network, config, num_simulations, gumbel_scale, plays=True)
 
 
 class Tree(NamedTuple):

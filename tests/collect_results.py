@@ -47,7 +47,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "sizes"),
+    "README.md": ("results", "sizes", "operators"),
+    "tests/studies/operators.md": ("settings", "workers"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
     "tests/benchmarks/README.md": ("speed", "growth"),
@@ -60,6 +61,7 @@ EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
 SIZES = ROOT / "tests" / "studies" / "sizes.json"
+OPERATORS = ROOT / "tests" / "studies" / "operators.json"
 EXACT = ROOT / "tests" / "studies" / "exact_solver.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 SITUATIONS = ROOT / "tests" / "results" / "situations.json"
@@ -457,7 +459,8 @@ def means_over_seeds(rows: list[dict]) -> list[dict]:
     """One row for those that differ in the seed alone: means, of the utilisation instance by instance."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["name"], row["trained"], row["num_simulations"], row["items"]), []).append(row)
+        key = tuple(row[key] for key in ("name", "trained", "num_simulations", "tries", "items"))
+        groups.setdefault(key, []).append(row)
     mean = lambda mine, key: statistics.mean(row[key] for row in mine)
     of_seeds = lambda mine: [statistics.mean(returns) for returns in zip(*(row["returns"] for row in mine))]
     return [
@@ -475,6 +478,7 @@ def sizes_table(sizes: dict, exact: dict) -> str:
         number = row.get("num_simulations")
         trained = {"20_50": ", trained on at 50", "50": ", trained at 50 from scratch"}.get(row.get("trained"), "")
         kind = trained + (f", with {number}-simulation search on top" if number else ", network alone")
+        kind += f", up to {row['tries']} times" if row.get("tries", 1) > 1 else ""
         limit = f", up to {row.get('limit')} s"
         return SIZE_LABELS[row["name"]] + (kind if row["name"] in METHODS else limit if "limit" in row else "")
 
@@ -496,6 +500,42 @@ def sizes_table(sizes: dict, exact: dict) -> str:
     return "\n".join(lines)
 
 
+def operators_table(operators: dict) -> str:
+    """A line an operator of tests/studies/operators.py: means over seeds and their standard errors."""
+    lines = [
+        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
+        " | with 32-simulation search on top | filled |",
+        "|---" * 6 + "|",
+    ]
+    for name in operators["seconds"]:
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
+            means = [mean_and_error([100 * row[key] for row in mine]) for key in keys]
+            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
+            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
+    return "\n".join(lines)
+
+
+def settings_table(operators: dict) -> str:
+    """What each run of tests/studies/operators.py was, over `preset=cpu`."""
+    lines = ["| | keys | seconds of an iteration | iterations | decisions |", "|---|---|---|---|---|"]
+    for name, seconds in operators["seconds"].items():
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            decisions = statistics.mean(row["decisions"] for row in mine)
+            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
+            lines.append(f"| {name} | {words} | {seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} |")
+    return "\n".join(lines)
+
+
+def workers_table(operators: dict) -> str:
+    lines = ["| workers | evaluations that a decision waits for | decisions/s |", "|---|---|---|"]
+    for row in operators["workers"]:
+        lines.append(f"| {row['workers']} | {row['evaluations']} | {row['decisions_per_second']:.1f} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
@@ -510,6 +550,9 @@ def tables() -> dict[str, str]:
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
+        operators=operators_table(read(OPERATORS)),
+        settings=settings_table(read(OPERATORS)),
+        workers=workers_table(read(OPERATORS)),
     )
 
 

@@ -178,22 +178,19 @@ def test_runs_of_the_same_name_are_told_apart(ppo_run, tmp_path, few_at_a_time):
     assert evaluate.distinct_names([ppo_run.parent, other.parent, other.parent], 1)[1].endswith("cispo/BinPack-v2/ppo")
 
 
-def test_speed_is_that_of_all_attempts(few_at_a_time, monkeypatch):
-    """A policy that takes twice the time for the same decisions is half as fast, a row of two attempts adds up, and the
-    first chunk, which compiles, does not count; neither does it matter how many chunks there are, or whether an attempt
-    finds anything left to play."""
-    clock, cost = [0.0], {"a": 1.0, "b": 2.0, "solves": 4.0}
+def test_speed_is_that_of_all_that_is_played_without_compilation(monkeypatch):
+    """Two attempts add up, another one of the same policy compiles nothing, and what is filled is not played again."""
+    clock, cost = [0.0], {"a": 1.0, "b": 2.0, "fills half": 4.0}
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
 
     def make_player(policy):
         compiled = []
 
         def play(params, keys, advance=lambda count: None):
-            for _ in range(-(-len(keys) // 4)):
-                clock[0] += cost[policy] + 100.0 * (not compiled)
-                compiled.append(True)
-                advance(4)
-            solved = np.full(len(keys), policy == "solves")
+            is_padding = (keys == evaluate.NO_INSTANCE).all()
+            clock[0] += 100.0 * (not compiled) + cost[policy] * len(keys) * (not is_padding)
+            compiled.append(True)
+            solved = (policy == "fills half") & (np.arange(len(keys)) % 2 == 0)
             return evaluate.Episodes(np.where(solved, 1.0, 0.5), np.full(len(keys), 10), solved)
 
         return play
@@ -201,11 +198,10 @@ def test_speed_is_that_of_all_attempts(few_at_a_time, monkeypatch):
     monkeypatch.setattr(evaluate, "make_player", make_player)
     script = SimpleNamespace(make_rollout=lambda env, policy: policy)
     checkpoint = dataclasses.replace(evaluate.without_network(evaluate.Sizes()), script=script)
-    rows = {"a": 40.0, "b": 20.0, "ab": 40 / 3, "abb": 8.0, ("solves", "a"): 8.0}
-    for count in (3, 10, 40):
-        for attempts, expected in rows.items():
-            keys, pairs = np.zeros((count, 2), np.uint32), [(policy, ()) for policy in attempts]
-            assert evaluate.score("x", checkpoint, pairs, keys)[1] == pytest.approx(expected), (count, attempts)
+    seconds = {("a",): 1, ("b",): 2, ("a", "b"): 3, ("a", "b", "b"): 5, ("fills half", "a"): 4.5}
+    for attempts, expected in seconds.items():
+        keys, pairs = np.zeros((40, 2), np.uint32), [(policy, ()) for policy in attempts]
+        assert evaluate.score("x", checkpoint, pairs, keys)[1] == pytest.approx(10 / expected), attempts
 
 
 def test_rendered_episode_is_the_scored_one(search_run, tmp_path):
@@ -260,10 +256,13 @@ def test_a_checkpoint_is_played_by_the_code_of_its_own_script(search_run, ppo_ru
 
 
 def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has_one(monkeypatch):
+    def make_search(name: str):
+        return lambda env, network, config, number: evaluate.Policy(None, lambda _: (name, config.leaf_value, number))
+
     def checkpoint_of(name: str, searches: bool, **keys) -> evaluate.Checkpoint:
         script = SimpleNamespace(make_greedy_policy=lambda network, config: f"greedy {name}")
         if searches:
-            script.make_playing_search = lambda env, network, config, n: f"search {name} {config.leaf_value} {n}"
+            script.make_playing_search = make_search(name)
         config = search_distill.Config(**keys)
         return dataclasses.replace(
             evaluate.without_network(evaluate.Sizes()), config=config, script=script, params=name
@@ -271,18 +270,21 @@ def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has
 
     a, b = checkpoint_of("a", True, value_scale=3.0), checkpoint_of("b", True, leaf_value="completion")
     none = checkpoint_of("none", False)
-    config = evaluate.Config(num_simulations=5)  # First 4, and 5 where that leaves room.
+    config = evaluate.Config(num_simulations=5, tries=3)
+    monkeypatch.setattr(search_distill, "make_playing_search", make_search("default"))
     for checkpoint, others, search, scale in (
-        (a, [none, b, a], "search a network 5", 3.0),
-        (none, [none, b, a], "search b completion 5", 1.0),
-        (none, [none, a, b], "search a network 5", 3.0),
+        (a, [none, b, a], ("a", "network"), 3.0),
+        (none, [none, b, a], ("b", "completion"), 1.0),
+        (none, [none, a, b], ("a", "network"), 3.0),
+        (none, [none], ("default", "completion"), 1.0),
     ):
-        attempts, settings = evaluate.make_attempts("search", checkpoint, others, config)
-        policies = f"greedy {checkpoint.params}", search.replace("5", "4"), search
-        assert attempts == [(policy, checkpoint.params) for policy in policies]
+        (greedy, *searches), settings = evaluate.make_attempts("search", checkpoint, others, config)
+        assert greedy == (f"greedy {checkpoint.params}", checkpoint.params)
+        # Four simulations come first, then five for what these leave, three times.
+        assert [params for _, params in searches] == [(checkpoint.params, number) for number in (0, 0, 1, 2)]
+        assert [policy.start(params) for policy, params in searches] == [(*search, n) for n in (4, 5, 5, 5)]
         assert settings["value_scale"] == scale and settings["leaf_value"] in search
-    monkeypatch.setattr(search_distill, "make_playing_search", lambda env, network, config, n: (config.leaf_value, n))
-    assert evaluate.make_attempts("search", none, [none], config)[0][2] == (("completion", 5), "none")
+    assert len(evaluate.make_attempts("search", a, [a], evaluate.Config(num_simulations=4))[0]) == 2
 
 
 def test_a_script_is_needed_only_where_its_code_plays(few_at_a_time, ppo_run, tmp_path, monkeypatch, capsys):

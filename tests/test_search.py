@@ -1,6 +1,7 @@
 """The search: exact in compact form, right on cases with a known answer, and an improvement of the policy."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -254,3 +255,10 @@ def test_noise_explores_in_collection_and_evaluation_has_none(env, network, conf
 
     assert (search(1.0, 0) != search(1.0, 1)).any()
     assert (search(0.0, 0) == search(0.0, 1)).all()
+
+    make_search = functools.partial(script.make_playing_search, env, network, config)
+    tries = evaluate.numbered(make_search, 2)
+    numbered = jax.jit(lambda number, seed: act_on(tries, (params, number), states, observations, seed)[0])
+    assert (numbered(0, 0) == search(0.0, 1)).all()
+    later = [numbered(*arguments) for arguments in ((1, 0), (2, 0), (1, 1))]
+    assert all((x != y).any() for x, y in itertools.combinations([search(0.0, 0), *later], 2))

@@ -264,6 +264,18 @@ def test_the_first_instances_of_a_large_evaluation_are_those_of_a_small_one(env,
     assert means["avg_return_se"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_padding_of_a_batch_changes_no_episode_and_has_no_decisions(env, network, config, params):
+    """So a device may play 2 instances with a program for 8."""
+    rollout = jax.jit(script.make_rollout(env, script.make_greedy_policy(network, config)))
+    keys = evaluate.evaluation_keys(3, 8)
+    is_padding = np.arange(8) % 4 > 0
+    whole, padded = (rollout(params, x) for x in (keys, np.where(is_padding[:, None], evaluate.NO_INSTANCE, keys)))
+    for x, y in zip(jax.tree.leaves(padded), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(x[~is_padding], y[~is_padding])
+    assert whole.mask[is_padding].any(1).all()
+    assert not padded.mask[is_padding].any() and not padded.reward[is_padding].any()
+
+
 def test_search_on_top_plays_what_greedy_leaves_and_keeps_the_better(config):
     greedy = evaluate.Episodes(np.array([1.0, 0.5, 0.8]), np.array([19, 9, 15]), np.array([True, False, False]))
     asked = []

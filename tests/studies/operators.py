@@ -4,7 +4,8 @@
     python tests/studies/operators.py draw     # only makes the picture, from the results that there are
 
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
-decays over them. An arm's time for an iteration is measured first, over `TIMED` of them. Results:
+decays over them. What an iteration takes is measured first, for all arms in a row and with nothing else on the machine:
+the mean over `TIMED` iterations, without those that compile. So the runs themselves may share it. Results:
 `tests/studies/operators.json` and `operators.png`; `collect_results.py` makes the README's table.
 """
 
@@ -23,7 +24,7 @@ import train_search_distill_binpack as search_distill
 HERE = Path(__file__).parent
 RESULTS, PICTURE, RUNS = HERE / "operators.json", HERE / "operators.png", study.ROOT / "checkpoints" / "operators"
 MINUTES = 5.0  # of one core, about what the preset needs until it learns little more
-TIMED = 8
+TIMED = 24
 SEEDS = (0, 1, 2)
 
 
@@ -49,6 +50,9 @@ ARMS = (
     Arm("PPO", "", ppo.__file__),
     Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
 )
+SHIPPED = study.ROOT / "checkpoints" / "search_distill_cpu.pkl"
+WORKERS = {n: Arm(f"{n} workers", f"{ALPHAZERO} num_simulations=32 num_workers={n} init_from={SHIPPED}")
+           for n in (1, 4, 8)}  # fmt: skip
 
 
 def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[Path, list[dict]]:
@@ -56,7 +60,7 @@ def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[P
     folder = RUNS / "".join(x if x.isalnum() else "_" for x in f"{arm.name}_{name}")
     find = lambda: [*folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")]
     if not find() or evaluate.read_log(find()[0])[-1]["iteration"] < iterations:
-        every = max(iterations // 10, 1)
+        every = iterations if name == "timed" else max(iterations // 10, 1)
         words = dict(max_num_iters=iterations, learning_rate_decay_iters=iterations, eval_interval=every, seed=seed)
         words |= dict(save_interval=iterations, save_dir=folder, overwrite="true", preset="cpu")
         if arm.script == search_distill.__file__:
@@ -66,22 +70,33 @@ def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[P
     return find()[0].parent, evaluate.read_log(find()[0])
 
 
-def measure(arm: Arm, seed: int, core: int) -> dict:
+def measure_time(arm: Arm, core: int) -> dict:
+    """What an iteration takes. It gets shorter while the network learns, so the run is as long as it has to be."""
+    _, rows = train(arm, 0, TIMED, core, "timed")
+    return {arm.name: statistics.mean(row["perf/iteration_seconds"] for row in rows[3:])}
+
+
+def measure_workers(number: int, core: int) -> dict:
+    """Decisions per second of AlphaZero's search with 32 simulations by so many workers, and how often a decision waits
+    for an evaluation of leaves."""
+    _, rows = train(WORKERS[number], 0, 6, core, "timed")
+    speed = statistics.mean(row["perf/decisions_per_second"] for row in rows[3:])
+    return dict(workers=number, evaluations=32 // number, decisions_per_second=speed)
+
+
+def measure(arm: Arm, seed: int, seconds: float, core: int) -> dict:
     """One run, and the search with 32 simulations on top of its network, on the evaluation's 1,024 instances."""
-    _, timed = train(arm, 0, TIMED, core, "timed")
-    seconds = statistics.median(row["perf/iteration_seconds"] for row in timed[2:])
     folder, rows = train(arm, seed, max(round(60 * MINUTES / seconds), 2), core, "whole")
     path = folder / "scores.json"
-    study.run_command(
-        evaluate.__file__, dict(policy="[greedy,search]", json=path), path.with_suffix(".log"), core, folder
-    )
+    words = dict(policy="[greedy,search]", json=path)
+    study.run_command(evaluate.__file__, words, path.with_suffix(".log"), core, folder)
     greedy, search = json.loads(path.read_text())["rows"]
-    minutes, curve = 0.0, []
-    for row in rows[1:]:
-        minutes += row["perf/iteration_seconds"] / 60
-        if "eval/greedy/avg_return" in row:
-            curve.append([minutes, row["eval/greedy/avg_return"]])
-    found = dict(iterations=rows[-1]["iteration"], decisions=rows[-1]["frames"], minutes=minutes, curve=curve)
+    curve = [
+        [row["iteration"] * seconds / 60, row["eval/greedy/avg_return"]]
+        for row in rows[1:]
+        if "eval/greedy/avg_return" in row
+    ]
+    found = dict(iterations=rows[-1]["iteration"], decisions=rows[-1]["frames"], curve=curve)
     found |= {f"{kind}_{key}": row[key] for kind, row in (("greedy", greedy), ("search", search))
               for key in ("avg_return", "solved_rate")}  # fmt: skip
     return dict(name=arm.name, words=arm.words, seed=seed, commit=study.made_with()["commit"]) | found
@@ -108,13 +123,26 @@ def main(argv: list[str]) -> int:
     if argv not in ([], ["draw"]):
         print(f"error: expected nothing or draw, got {' '.join(argv)}", file=sys.stderr)
         return 2
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(rows=[])
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else dict(seconds={}, workers=[], rows=[])
+
+    def write() -> None:
+        made_with = study.made_with() | dict(command="python tests/studies/operators.py", minutes=MINUTES)
+        RESULTS.write_text(json.dumps(results | made_with, indent=1) + "\n")
+
+    arms = [(arm,) for arm in ARMS if arm.name not in results["seconds"]]
+    for found in study.on_all_cores(measure_time, [] if argv else arms):
+        results["seconds"] |= found
+        write()
+    workers = [(number,) for number in WORKERS if number not in [row["workers"] for row in results["workers"]]]
+    for found in study.on_all_cores(measure_workers, [] if argv else workers):
+        results["workers"].append(found)
+        write()
     done = {(row["name"], row["seed"]) for row in results["rows"]}
     arms = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm.name, seed) not in done]
+    arms = [(arm, seed, results["seconds"].get(arm.name)) for arm, seed in arms]
     for row in study.on_all_cores(measure, [] if argv else arms):
         results["rows"].append(row)
-        results |= study.made_with() | dict(command="python tests/studies/operators.py", minutes=MINUTES)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write()
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
     draw(results)
     return 0

@@ -22,10 +22,8 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import jax
 import numpy as np
@@ -47,6 +45,7 @@ class Player(NamedTuple):
     seed: int
     policy: str
     num_simulations: int = 0
+    tries: int = 1
 
     def checkpoint(self) -> Path:
         """The shipped one, or the folder of a run."""
@@ -67,13 +66,15 @@ PLAYERS = (
         for number in (0, 4, 32)
         for seed in (0, 1)
     ),
+    *(Player("search_distill", "20", seed, "search", 32, tries=4) for seed in (0, 1)),
 )
 
 
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
     if items == 100 and player.num_simulations:
-        return 64 if (player.trained, player.seed, player.num_simulations) == ("20", 0, 4) else 0
+        is_first = (player.trained, player.seed, player.tries) == ("20", 0, 1)
+        return {4: 64, 32: 32}[player.num_simulations] if is_first else 0
     if player.trained == "50" and player.num_simulations:
         return 0  # Most of 256 are not filled, and long searches of all of them take half an hour.
     return 256 if items == 50 or player.trained in ("", "20") else 0
@@ -86,22 +87,12 @@ def play(player: Player, items: int) -> dict:
         checkpoint = evaluate.load_checkpoint(player.checkpoint(), **sizes)
     else:
         checkpoint = evaluate.without_network(evaluate.Sizes(**sizes))
-    number, config = num_instances(player, items), evaluate.Config(num_simulations=max(player.num_simulations, 1))
+    number = num_instances(player, items)
+    config = evaluate.Config(num_simulations=max(player.num_simulations, 1), tries=player.tries)
     keys = evaluate.evaluation_keys(config.seed, number)
     attempts, _ = evaluate.make_attempts(player.policy, checkpoint, [], config)
-    rollouts = [checkpoint.script.make_rollout(checkpoint.env, policy) for policy, _ in attempts]
-    at_a_time = min(number, evaluate.instances_at_a_time())  # None is played twice to fill a batch.
-    with mock.patch.object(evaluate, "instances_at_a_time", lambda: at_a_time):
-        plays = [*map(evaluate.make_player, rollouts)]
-    params = [evaluate.replicate(params) for _, params in attempts]
-    for one, its_params in zip(plays, params):
-        one(its_params, keys[:2])  # Compiles.
-    start = time.perf_counter()
-    nothing = np.zeros(number, int)
-    episodes = evaluate.Episodes(np.full(number, -1.0, np.float32), nothing, nothing.astype(bool))
-    for one, its_params in zip(plays, params):
-        episodes = evaluate.keep_better(one, its_params, keys, episodes)
-    seconds = (time.perf_counter() - start) / number
+    episodes, speed = evaluate.score(player.name, checkpoint, attempts, keys)
+    seconds = float(episodes.steps.mean()) / speed
     returns = np.round(episodes.returns.astype(float), 6).tolist()
     mean = statistics.mean(returns)
     return dict(utilisation=mean, filled=float(episodes.solved.mean()), seconds=seconds, returns=returns)
@@ -136,7 +127,7 @@ def main(argv: list[str]) -> int:
     evaluate.use_compilation_cache(evaluate.CACHE_DIR)
     path = collect_results.SIZES
     results = json.loads(path.read_text()) if path.exists() else dict(rows=[])
-    keys = ("name", "trained", "seed", "num_simulations", "items")
+    keys = ("name", "trained", "seed", "num_simulations", "tries", "items")
     done = {tuple(row[key] for key in keys) for row in results["rows"]}
     for items in ITEMS if not argv else ():
         for player in PLAYERS:
