@@ -66,7 +66,7 @@ except ImportError:  # On Windows.
 
 if TYPE_CHECKING:
     from jumanji.environments import BinPack
-    from jumanji.environments.packing.bin_pack.types import Observation, State
+    from jumanji.environments.packing.bin_pack.types import State
 
 METHODS = {"search_distill": "train_search_distill_binpack", "ppo": "train_ppo_binpack"}  # The script of each method.
 COLUMNS = ("Item_Name", "Length", "Width", "Height", "Quantity")  # Jumanji's, of a file of items.
@@ -916,6 +916,86 @@ def start_devices(config: Any) -> None:
     use_compilation_cache(config.compilation_cache_dir)
 
 
+# ======================================================= Blocks =======================================================
+EQUAL = 5e-5  # Normalised lengths that differ by less are the same: a millimetre is at least 1 / 5870 = 1.7e-4.
+
+
+class Blocks(NamedTuple):
+    """Boxes without gaps that items of an instance make together, as in block building for container loading (Eley
+    2002; Fanslau and Bortfeldt 2010). Items with the same lengths are of one kind, whose number is that of its first
+    item. There are N blocks; where fewer were found, zeros."""
+
+    length: jax.Array  # [..., 3, N], shares of the container
+    uses: jax.Array  # int8 [..., I, N], how many items of each kind
+    kind: jax.Array  # int32 [..., I], of each item
+
+
+class Observation(NamedTuple):
+    """Jumanji's observation, and the blocks of all items, placed or not."""
+
+    ems: Any
+    ems_mask: jax.Array
+    items: Any
+    items_mask: jax.Array
+    items_placed: jax.Array
+    action_mask: jax.Array
+    blocks: Blocks
+
+
+def find_blocks(length: jax.Array, mask: jax.Array) -> Blocks:
+    """The first N = 4 I blocks of items with lengths [3, I] and bool mask [I]. Two items or blocks that are equally
+    long on two axes make a block along the third, if there are items enough for both; smaller blocks come first.
+
+    What stands in a row along an axis could be joined in many orders. It is joined in the order of its parts' numbers:
+    a row takes a part that is no row along this axis itself, and comes after its last one or equals it."""
+    num_items, most_new = mask.size, 16  # A part makes at most so many new blocks with earlier ones: fixed shapes.
+    size = 5 * num_items
+    slots, axes = np.arange(size + most_new), np.arange(3)[:, None]
+    same = (jnp.abs(length[:, :, None] - length[:, None]) < EQUAL).all(0) & mask[:, None] & mask
+    kind = same.argmax(1)
+    available = (kind == slots[:num_items, None]).sum(1, where=mask, keepdims=True)  # [I, 1], of each kind
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, len(slots) - num_items)])
+
+    def join(carry):
+        p, count, length, uses, along, last = carry
+        at_p = lambda x: jax.lax.dynamic_slice_in_dim(x, p, 1, -1)
+        joined = length + at_p(length)  # [3, M]
+        x, y, z = jnp.abs(length - at_p(length)) < EQUAL
+        fits = jnp.stack([y & z, x & z, x & y]) & (joined < 1.0 + EQUAL)
+        exist = (uses + at_p(uses) <= available).all(0) & uses.any(0) & at_p(uses).any()
+        next_part = (along != axes) & (slots >= at_p(last))
+        new = (fits & exist & (slots <= p) & (next_part | (at_p(along) != axes))).reshape(-1)
+        rank = jnp.where(new, jnp.cumsum(new) - 1, most_new)
+        number = jnp.zeros(most_new, jnp.int32).at[rank].set(np.arange(new.size), mode="drop")
+        axis, q = jnp.divmod(number, len(slots))
+        of_new = jnp.where(axis == axes, joined[:, q], at_p(length)), uses[:, q] + at_p(uses)
+        of_new = *of_new, axis, jnp.where(at_p(along) == axis, q, p)
+        write = lambda x, rows: jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), count, -1)
+        arrays = map(write, (length, uses, along, last), of_new)
+        return p + 1, jnp.minimum(count + jnp.minimum(new.sum(), most_new), size), *arrays
+
+    uses = jnp.diag(available[:, 0] > 0).astype(jnp.int8)
+    init = 0, num_items, pad(length), pad(uses), jnp.full(len(slots), 3), jnp.asarray(slots)
+    _, count, length, uses, *_ = jax.lax.while_loop(lambda carry: carry[0] < carry[1], join, init)
+    is_block = slots[num_items:size] < count
+    return Blocks(*(jnp.where(is_block, x[:, num_items:size], 0) for x in (length, uses)), kind.astype(jnp.int32))
+
+
+@functools.cache
+def state_with_blocks() -> Callable[[State, Observation], State]:
+    """Returns add(state, observation of Jumanji) -> the state with a field more, `blocks`."""
+    with importing_jumanji():
+        from jumanji.environments.packing.bin_pack import types
+    attributes = {"__annotations__": {"blocks": Blocks}, "blocks": None}
+    with_blocks = types.dataclass(type("State", (types.State,), attributes))
+
+    def add(state: State, observation: Any) -> State:
+        fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(types.State)}
+        return with_blocks(**fields, blocks=find_blocks(jnp.stack(list(observation.items)), observation.items_mask))
+
+    return add
+
+
 # ================================================= Playing instances ==================================================
 class Policy(NamedTuple):
     """How to play an episode: `act(params, key, state, observation, memory)` -> (flat action, decision, memory), and
@@ -1047,11 +1127,14 @@ class Checkpoint:
 
 
 def checked(observation: Any) -> Observation:
-    """The observation in float32 and bool. Raises `UsageError` if its shapes or types are not such as Jumanji's."""
+    """The observation in float32 and bool, with its blocks. Raises `UsageError` if its shapes or types are not such as
+    Jumanji's."""
     if not hasattr(observation, "ems") or np.ndim(observation.action_mask) < 2:
         what = f"expected an observation of Jumanji's BinPack, got {type(observation).__name__}"
         raise UsageError(f"{what}; give timestep.observation")
     *batch, spaces, items = np.shape(observation.action_mask)
+    blocks = getattr(observation, "blocks", None)  # Jumanji's own has none.
+    observation = Observation(*(getattr(observation, name) for name in Observation._fields[:-1]), blocks=None)
     for path, x in jax.tree.leaves_with_path(observation):
         name = jax.tree_util.keystr(path)
         shape = batch + ([spaces, items] if "action" in name else [spaces] if name.startswith(".ems") else [items])
@@ -1060,7 +1143,11 @@ def checked(observation: Any) -> Observation:
             found = f"{x.dtype}{list(np.shape(x))}; give one of Jumanji's, with lengths as shares of the container"
             word = "bool" if kind is bool else "float32"
             raise UsageError(f"expected {word}{shape} as observation{name}, got {found}")
-    return jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else np.float32), observation)
+    observation = jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else np.float32), observation)
+    if blocks is None:
+        find = functools.reduce(lambda function, _: jax.vmap(function), batch, find_blocks)
+        blocks = find(jnp.stack(list(observation.items), -2), observation.items_mask)
+    return observation._replace(blocks=blocks)
 
 
 def import_script(method: str) -> ModuleType:

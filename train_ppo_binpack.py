@@ -44,11 +44,11 @@ from jax.flatten_util import ravel_pytree
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 import evaluate as ev
-from evaluate import DEVICES, Policy, UsageError, device_slice, host_copy, replicate
+from evaluate import DEVICES, Observation, Policy, UsageError, device_slice, host_copy, replicate
 
 if TYPE_CHECKING:
     from jumanji.environments import BinPack
-    from jumanji.environments.packing.bin_pack.types import EMS, Observation, State
+    from jumanji.environments.packing.bin_pack.types import EMS, State
     from jumanji.types import TimeStep
 
 METHOD = "ppo"
@@ -155,7 +155,8 @@ PRESETS = {  # As one would type them.
 
 # ================================ Environment (twin section: the same in both scripts) ================================
 def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
-    """Jumanji's BinPack, bit for bit, of random instances or a generator's. The EMSs' update has no sequential loop."""
+    """Jumanji's BinPack, bit for bit, of random instances or a generator's. States and observations have a field more,
+    the blocks that items make together. The EMSs' update has no sequential loop."""
     with ev.importing_jumanji():
         from jumanji.environments import BinPack
         from jumanji.environments.packing.bin_pack.generator import RandomGenerator
@@ -171,6 +172,12 @@ def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
             indexes = decreasing_order(ems.volume() * ems_mask)
             shown = indexes[: self.obs_num_ems]
             return jax.tree.map(lambda x: x[shown], ems), ems_mask[shown], indexes
+
+        def _make_observation_and_extras(self, state: State) -> tuple[State, Observation, dict]:
+            state, observation, extras = super()._make_observation_and_extras(state)
+            if not hasattr(state, "blocks"):  # After a reset.
+                state = ev.state_with_blocks()(state, observation)
+            return state, Observation(*observation, blocks=state.blocks), extras
 
     split = sizes.split_num_same_items
     generator = generator or RandomGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=split)
@@ -295,7 +302,8 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
     lower = jnp.stack([ems.x1, ems.y1, ems.z1])[axes]
     upper = jnp.stack([ems.x2, ems.y2, ems.z2])[axes]
     ems = ems.replace(x1=lower[0], x2=upper[0], y1=lower[1], y2=upper[1], z1=lower[2], z2=upper[2])
-    return observation._replace(ems=ems, items=type(items)(*jnp.stack(items)[axes]))
+    blocks = observation.blocks._replace(length=observation.blocks.length[axes])
+    return observation._replace(ems=ems, items=type(items)(*jnp.stack(items)[axes]), blocks=blocks)
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
@@ -310,6 +318,8 @@ class Tokens(NamedTuple):
     upper: jax.Array  # [..., E, 3]
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
+    block: jax.Array  # [..., 3, N], lengths of the blocks
+    in_block: jax.Array  # [..., I, N], 1 for an item of a block for which there are items enough, else 0
 
 
 class PackingNetwork(hk.Module):
@@ -335,8 +345,8 @@ class PackingNetwork(hk.Module):
         I are those from here on. The parameters fit every size."""
         config = self.config
         tokens = gather_tokens(observation, size or observation.action_mask.shape[-2:])
-        spaces, items, pairs, item_pairs = embed(config, tokens)
-        layer = lambda spaces, items: transformer_layer(config, spaces, items, tokens.legal, pairs, item_pairs)
+        spaces, items, pairs, *same_kind = embed(config, tokens)
+        layer = lambda spaces, items: transformer_layer(config, spaces, items, tokens.legal, pairs, *same_kind)
         # One program for all layers, with parameters [layers, ...]: it compiles as fast as one layer.
         spaces, items = hk.layer_stack(config.num_transformer_layers, name="layers")(layer)(spaces, items)
         spaces, items = _norm(spaces, "ems_final_norm"), _norm(items, "items_final_norm")
@@ -355,14 +365,20 @@ def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
     corners = jnp.stack([ems.x1, ems.y1, ems.z1, ems.x2, ems.y2, ems.z2], -1)
     lower, upper = jnp.split(take(corners, rows, -2), 2, -1)
     item = take(jnp.stack(list(observation.items), -1), slots[1][..., None], -2)
-    return Tokens(legal, lower, upper, item, (item.prod(-1) * legal.any(-2)).sum(-1))
+    length, uses, kind = observation.blocks
+    waiting = (observation.items_mask & ~observation.items_placed)[..., None, :]
+    waiting = (waiting & (kind[..., None, :] == np.arange(kind.shape[-1])[:, None])).sum(-1, keepdims=True)
+    is_whole = (uses <= waiting).all(-2, keepdims=True)
+    in_block = (take(uses, take(kind, slots[1], -1)[..., None], -2) > 0) & is_whole
+    open_volume = (item.prod(-1) * legal.any(-2)).sum(-1)
+    return Tokens(legal, lower, upper, item, open_volume, length, in_block.astype(jnp.float32))
 
 
-def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Embeddings of spaces [..., E, D] and items [..., I, D], and the relations of (space, item) pairs [..., E, I, F]
-    and of pairs of items [..., I, I, F']."""
+def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Embeddings of spaces [..., E, D] and items [..., I, D], and the relations of (space, item) pairs [..., E, I, F],
+    of pairs of spaces [..., E, E, F'] and of pairs of items [..., I, I, F"]."""
     width = config.transformer_num_heads * config.transformer_key_size
-    legal, lower, upper, item, open_volume = tokens
+    legal, lower, upper, item, open_volume = tokens[:5]
     space = upper - lower
     space_volume, item_volume = space.prod(-1), item.prod(-1)
 
@@ -374,7 +390,8 @@ def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Arr
     spaces = linear([lower, upper, space], space_volume, "embed_ems")
     items = linear([item], item_volume, "embed_items")
     pairs = space_item_relations(space, item, space_volume, item_volume, legal.any(-2))
-    return spaces, items, pairs, item_item_relations(item)
+    pairs = jnp.concatenate([pairs, end_relations(tokens)], -1)
+    return spaces, items, pairs, space_space_relations(lower, upper), item_item_relations(item)
 
 
 def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
@@ -392,6 +409,31 @@ def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax
     return jnp.moveaxis(jnp.stack([x.astype(jnp.float32) for x in features], -3), -3, -1)
 
 
+def end_relations(tokens: Tokens) -> jax.Array:
+    """Relations of each (space, item) pair by what ends where in the space's lower corner, [..., E, I, 5]: along each
+    axis, whether the item ends where another space begins; whether a block that the item is part of fits into the
+    space, and exactly so along two axes, or along three."""
+    lower, upper, item = (jnp.moveaxis(x, -1, 0) for x in (tokens.lower, tokens.upper, tokens.item))  # [3, ..., n]
+    begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
+    end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
+    flush = _equal_length(end[..., None, :, :] - begins[..., :, None, None]).any(-3)
+    block = jnp.moveaxis(tokens.block, -2, 0)
+    slack = (upper - lower)[..., :, None] - block[..., None, :]  # [3, ..., E, N]
+    is_inside, num_fits = (slack > -ev.EQUAL).all(0), _equal_length(slack).sum(0)
+    of_blocks = jnp.stack([is_inside & (num_fits >= least) for least in (2, 3)], -3)
+    of_items = jnp.einsum("...ken,...in->...eik", of_blocks.astype(jnp.float32), tokens.in_block) > 0.5
+    return jnp.concatenate([jnp.moveaxis(flush, 0, -1), of_items], -1).astype(jnp.float32)
+
+
+def space_space_relations(lower, upper) -> jax.Array:
+    """Relations of each pair of spaces, [..., E, E, 7]: along each axis, whether they begin and whether they end at the
+    same place; whether they overlap."""
+    same = [_equal_length(x[..., :, None, :] - x[..., None, :, :]) for x in (lower, upper)]
+    reaches = (lower[..., :, None, :] < upper[..., None, :, :] - ev.EQUAL).all(-1, keepdims=True)
+    overlap = reaches & jnp.swapaxes(reaches, -3, -2)
+    return jnp.concatenate([*same, overlap], -1).astype(jnp.float32)
+
+
 def item_item_relations(item) -> jax.Array:
     """Relations of each pair of items, [..., I, I, 5]: equal lengths along each axis, and on two or all axes."""
     equal = _equal_length(item[..., :, None, :] - item[..., None, :, :])
@@ -400,17 +442,19 @@ def item_item_relations(item) -> jax.Array:
 
 
 def _equal_length(difference: jax.Array) -> jax.Array:
-    """Whether two normalised lengths are the same: a millimetre is at least 1 / 5870 = 1.7e-4 of the container."""
-    return jnp.abs(difference) < 5e-5
+    """Whether two normalised lengths are the same."""
+    return jnp.abs(difference) < ev.EQUAL
 
 
-def transformer_layer(config: Config, spaces, items, legal, pairs, item_pairs) -> tuple[jax.Array, jax.Array]:
+def transformer_layer(
+    config: Config, spaces, items, legal, pairs, space_pairs, item_pairs
+) -> tuple[jax.Array, jax.Array]:
     """Attention among spaces and among items, attention across along legal actions, and an MLP for each."""
     num_heads, width = config.transformer_num_heads, spaces.shape[-1]
     heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
-    qkv = heads(_norm(spaces, "ems_norm"), name="ems_self")
-    spaces += _attend(*qkv, legal.any(-1)[..., None, :], None, "ems_self_out")
-    qkv, bias = heads(_norm(items, "items_norm"), name="items_self"), _bias(item_pairs, num_heads, "same_bias")
+    qkv, bias = heads(_norm(spaces, "ems_norm"), name="ems_self"), _bias(space_pairs, num_heads, "same_ems_bias")
+    spaces += _attend(*qkv, legal.any(-1)[..., None, :], bias, "ems_self_out")
+    qkv, bias = heads(_norm(items, "items_norm"), name="items_self"), _bias(item_pairs, num_heads, "same_items_bias")
     items += _attend(*qkv, legal.any(-2)[..., None, :], bias, "items_self_out")
     # Across kinds, each asks with its queries for the keys and values of the other.
     ems_query, *of_ems = heads(_norm(spaces, "ems_cross_norm"), name="ems_cross")
@@ -432,13 +476,11 @@ def _heads(x: jax.Array, num_heads: int, key_size: int, name: str) -> tuple[jax.
     return x[..., 0, :, :], x[..., 1, :, :], x[..., 2, :, :]
 
 
-def _attend(query, key, value, mask: jax.Array, bias: jax.Array | None, name: str) -> jax.Array:
+def _attend(query, key, value, mask: jax.Array, bias: jax.Array, name: str) -> jax.Array:
     """Multi-head attention with an additive bias of its logits (Vaswani et al. 2017, section 3.2; Shaw et al. 2018):
     query [..., n, H, d], key and value [..., m, H, d], mask [..., n or 1, m], bias [..., H, n, m] -> [..., n, H * d].
     A row that may look at nothing gets zeros."""
-    logits = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1])
-    if bias is not None:
-        logits += bias
+    logits = jnp.einsum("...nhd,...mhd->...hnm", query, key) / math.sqrt(query.shape[-1]) + bias
     weights = jax.nn.softmax(jnp.where(mask[..., None, :, :], logits, MASKED))
     mixed = jnp.einsum("...hnm,...mhd->...nhd", weights, value)
     mixed = mixed.reshape(*mixed.shape[:-2], -1)

@@ -66,6 +66,46 @@ def test_finished_rows_have_one_legal_entry_and_absorb_every_action(env, played)
             assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after, state))
 
 
+def plain_blocks(items: list[tuple], box: tuple) -> set:
+    """Every block, as (lengths, how many items of each kind), found by trying all pairs until nothing new comes."""
+    kinds = list(dict.fromkeys(items))
+    one = lambda item: tuple(int(kind == item) for kind in kinds)
+    blocks = {(item, one(item)) for item in kinds}
+    found = set(blocks)
+    while True:
+        new = set()
+        for (a, a_uses), (b, b_uses) in itertools.combinations_with_replacement(found, 2):
+            uses = tuple(map(sum, zip(a_uses, b_uses)))
+            for axis in range(3) if all(n <= items.count(kind) for n, kind in zip(uses, kinds)) else ():
+                length = tuple(a[x] + b[x] if x == axis else a[x] for x in range(3))
+                if all(a[x] == b[x] for x in range(3) if x != axis) and length[axis] <= box[axis]:
+                    new.add((length, uses))
+        if new <= found:
+            return found - blocks
+        found |= new
+
+
+def test_blocks_are_all_that_can_be_joined(env):
+    """With exact lengths and every order of joining, where there is room. Nearly always the container is one of them."""
+    states, timesteps = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(5), 24))
+    box = (5870, 2330, 2200)
+    complete = whole = twins = 0
+    for i in range(24):
+        items = list(zip(*(np.asarray(x[i, :19]).astype(int).tolist() for x in states.items)))
+        blocks = jax.tree.map(lambda x: np.asarray(x[i]), timesteps.observation.blocks)
+        kinds = [items.index(item) for item in items]
+        assert blocks.kind[:19].tolist() == kinds
+        uses = blocks.uses[sorted(set(kinds))]
+        lengths = np.round(blocks.length.T * box).astype(int).tolist()
+        found = {(tuple(length), tuple(n)) for length, n in zip(lengths, uses.T.tolist()) if sum(n)}
+        assert blocks.uses.sum() == uses.sum()
+        whole += (uses.sum(0) == 19).any()
+        expected = plain_blocks(items, box)
+        assert found <= expected
+        complete, twins = complete + (found == expected), twins + (found == expected and len(set(kinds)) < 19)
+    assert complete >= 20 and whole >= 20 and twins >= 5
+
+
 def test_axis_permutation_is_a_symmetry_of_the_dynamics(env, played):
     """Permuting the axes before a placement or after it gives the same set of spaces."""
     states, observations = played
