@@ -165,11 +165,11 @@ def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
         reset, step = ev.usual_numbers()(BinPack.reset), ev.usual_numbers()(BinPack.step)
 
         def _update_ems(self, state: State, item_id: jax.Array) -> State:
-            state.ems, state.ems_mask = update_ems(state, item_id)
+            state.ems, state.ems_mask = ev.update_ems(state, item_id)
             return state
 
         def _get_set_of_largest_ems(self, ems: EMS, ems_mask: jax.Array) -> tuple[EMS, jax.Array, jax.Array]:
-            indexes = decreasing_order(ems.volume() * ems_mask)
+            indexes = ev.decreasing_order(ems.volume() * ems_mask)
             shown = indexes[: self.obs_num_ems]
             return jax.tree.map(lambda x: x[shown], ems), ems_mask[shown], indexes
 
@@ -188,99 +188,6 @@ def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, Tim
     """`env.step` with a flat action `ems * I + item`, int32 []. A state without legal actions absorbs any action: it
     stays as it is and the reward is 0."""
     return env.step(state, jnp.stack(jnp.divmod(action, env.generator.max_num_items)))
-
-
-def decreasing_order(x: jax.Array) -> jax.Array:
-    """Indices that sort x [n] in decreasing order, stable: jnp.argsort(-x), much faster on a CPU."""
-    slots = jnp.arange(len(x))
-    ahead = (x[:, None] > x) | ((x[:, None] == x) & (slots[:, None] < slots))  # [n, n]: the first before the second.
-    return jnp.zeros_like(slots).at[ahead.sum(0)].set(slots, unique_indices=True)
-
-
-WORD_BITS = 20  # Bits of a mask that one word holds: two words hold 40 EMSs without padding.
-
-
-def _pack_bits(x: jax.Array) -> jax.Array:
-    """Bool [..., n, m] -> uint32 [..., ceil(n / WORD_BITS), m]."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % WORD_BITS), (0, 0)])
-    x = x.reshape(*x.shape[:-2], -1, WORD_BITS, x.shape[-1]).astype(jnp.uint32)
-    return (x << jnp.arange(WORD_BITS, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
-
-
-def _and_of_others(x: jax.Array) -> jax.Array:
-    """[n, ...] -> [n, ...]: entry i is the bitwise and of all entries but i."""
-    rest = [[x[j] for j in range(len(x)) if j != i] for i in range(len(x))]
-    return jnp.stack([functools.reduce(jnp.bitwise_and, arrays) for arrays in rest])
-
-
-def update_ems(state: State, item_id: jax.Array) -> tuple[EMS, jax.Array]:
-    """EMSs and their mask after an item was placed: Jumanji's `_update_ems`, slot for slot. Jumanji adds the pieces of
-    cut EMSs one by one, in 240 dependent steps. Which of them survive has a closed form, because inclusion is
-    transitive and pieces cut in different directions never contain each other."""
-    lower = jnp.stack([state.ems.x1, state.ems.y1, state.ems.z1])  # [3, E], as all [3, E] below: axis, slot.
-    upper = jnp.stack([state.ems.x2, state.ems.y2, state.ems.z2])
-    location = jnp.stack([axis[item_id] for axis in state.items_location])
-    item = jnp.stack([location, location + jnp.stack([axis[item_id] for axis in state.items])], 1)  # [3, 2]
-    num_ems = lower.shape[1]
-    overlaps = (jnp.maximum(lower, item[:, :1]) < jnp.minimum(upper, item[:, 1:])).all(0)
-    hit, kept = state.ems_mask & overlaps, state.ems_mask & ~overlaps
-
-    # A candidate (face, j) is what a plane through a face of the item leaves of the hit EMS j: one bound moves.
-    # Sets of EMSs are bit masks, [..., W, E] with W words for each j, which makes the 40 x 40 comparisons cheap to
-    # combine: inside[f, :, j] holds the EMSs k that j does not reach out of on side f, around[f, :, j] those that j
-    # surrounds. Reductions run over an axis before the last: along the last one they are slow on a CPU.
-    sides = jnp.stack([lower, -upper], 1).reshape(6, num_ems)
-    inside = _pack_bits(sides[:, None, :] >= sides[:, :, None])  # [6, W, E]
-    around = _pack_bits(sides[:, None, :] <= sides[:, :, None])
-    opposite = np.arange(6) ^ 1  # The part below the item's lower face gets a new upper bound, and vice versa.
-    inside, around = (_and_of_others(x)[opposite] for x in (inside, around))
-    plane = jnp.stack([item[:, 0], -item[:, 1]], 1).reshape(6, 1)  # With the signs of `sides`: candidates are below.
-    candidate = hit & (sides < plane)  # [6, E], not empty
-    candidates = _pack_bits(candidate[..., None])  # [6, W, 1]
-    kept_around = _pack_bits((kept & (plane <= -sides[opposite]))[..., None])  # Kept EMSs that reach the plane.
-    slots = np.arange(num_ems)
-    earlier, first = _pack_bits(slots[:, None] < slots), _pack_bits(slots[:, None] == 0)  # [W, E], [W, 1]
-    candidate &= ~(inside & ~around & candidates).any(-2)  # Strictly inside another one.
-    equals = inside & around & candidates & earlier  # Equal candidates that come before.
-    inside_kept = inside & kept_around
-    accepted = candidate & ~(equals | inside_kept).any(-2)  # [6, E]; flat, it is in Jumanji's order
-    source, filled, rank, num_free = _assign_slots(accepted, kept)
-
-    # Overflow: with every slot taken Jumanji overwrites slot 0. A late candidate counts unless another slot
-    # contains it; if one of them is not inside the first occupant of slot 0, the last of them ends there.
-    late = (rank - accepted) >= num_free  # [6, E]: the buffer was full when its turn came.
-    placed = accepted & ~late
-    took_first = placed & (rank == 1) & ~kept[0]
-    in_other = ((inside_kept & ~first) | (equals & _pack_bits((placed & ~took_first)[..., None]))).any(-2)
-    in_first = ((inside_kept & first) | (equals & _pack_bits(took_first[..., None]))).any(-2)
-    counts = late & candidate & ~in_other
-    overwritten = (counts & ~in_first).any()
-    last = jnp.max(jnp.where(counts, np.arange(6 * num_ems).reshape(6, num_ems), -1))
-    source = source.at[0].set(jnp.where(overwritten, last, source[0]))
-    filled = filled.at[0].set(filled[0] | overwritten)
-
-    slot, face, bounds = source % num_ems, source // num_ems, {}
-    for axis, name in enumerate("xyz"):
-        new_lower = jnp.where(face == 2 * axis + 1, item[axis, 1], lower[axis, slot])
-        new_upper = jnp.where(face == 2 * axis, item[axis, 0], upper[axis, slot])
-        bounds[f"{name}1"] = jnp.where(filled, new_lower, lower[axis])
-        bounds[f"{name}2"] = jnp.where(filled, new_upper, upper[axis])
-    return state.ems.replace(**bounds), kept | filled
-
-
-def _assign_slots(accepted: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The i-th accepted candidate takes the i-th free slot. From accepted [6, E] and kept [E]: the candidate of each
-    slot [E], whether it takes one [E], how many are accepted up to each [6, E], how many slots are free []."""
-    num_ems, count = len(kept), jax.lax.population_count  # A rank is a number of bits up to a place.
-    words = _pack_bits(accepted.reshape(-1, 1))  # [W', 1]
-    before = jnp.tril(jnp.broadcast_to(count(words[:, 0]), (len(words), len(words))), -1).sum(-1)  # [W'], exclusive
-    up_to = _pack_bits(np.tri(WORD_BITS, dtype=bool).T)[0]  # [WORD_BITS]
-    rank = (before[:, None] + count(words & up_to)).reshape(-1)[: 6 * num_ems].astype(jnp.int32)  # From 1.
-    up_to_slot = _pack_bits(np.tri(num_ems, dtype=bool).T)
-    free_rank = count(_pack_bits(~kept[:, None]) & up_to_slot).sum(-2).astype(jnp.int32)  # [E]
-    word = (before[:, None] < free_rank).sum(0) - 1  # [E], the word of the candidate with this rank
-    bit = (count(words[word, 0] & up_to[:, None]) < free_rank - before[word]).sum(0)  # [E], its place in that word
-    return word * WORD_BITS + bit, ~kept & (free_rank <= rank[-1]), rank.reshape(6, num_ems), free_rank[-1]
 
 
 def has_legal_action(observation: Observation) -> jax.Array:

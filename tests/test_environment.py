@@ -86,7 +86,7 @@ def plain_blocks(items: list[tuple], box: tuple) -> set:
 
 
 def test_blocks_are_all_that_can_be_joined(env):
-    """With exact lengths and every order of joining, where there is room. Nearly always the container is one of them."""
+    """With exact lengths and every order of joining, where there is room. Mostly the whole container is one of them."""
     states, timesteps = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(5), 24))
     box = (5870, 2330, 2200)
     complete = whole = twins = 0

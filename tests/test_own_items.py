@@ -140,6 +140,7 @@ def test_an_instance_is_that_of_jumanjis_generator(tmp_path):
             items_placed=found.items_placed[:n],
             action_mask=found.action_mask[:, :n],
         )
+        found = type(expected)(*found[:-1])  # Without the blocks.
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
