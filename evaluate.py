@@ -1014,13 +1014,23 @@ EQUAL = 5e-5  # Normalised lengths that differ by less are the same: a millimetr
 
 
 class Blocks(NamedTuple):
-    """Boxes without gaps that items of an instance make together, as in block building for container loading (Eley
-    2002; Fanslau and Bortfeldt 2010). Items with the same lengths are of one kind, whose number is that of its first
-    item. There are N blocks; where fewer were found, zeros."""
+    """Boxes without gaps that items of an instance make, alone or together, as in block building for container loading
+    (Eley 2002; Fanslau and Bortfeldt 2010). Items with the same lengths are of one kind, whose number is that of its
+    first item. There are N = 5 I blocks; where fewer were found, zeros."""
 
     length: jax.Array  # [..., 3, N], shares of the container
     uses: jax.Array  # int8 [..., I, N], how many items of each kind
     kind: jax.Array  # int32 [..., I], of each item
+
+    def waiting(self, observation: Observation) -> jax.Array:
+        """How many items of each kind are still to be placed, int32 [..., I, 1]."""
+        is_of_kind = self.kind[..., None, :] == np.arange(self.kind.shape[-1])[:, None]
+        is_waiting = observation.items_mask & ~observation.items_placed
+        return (is_of_kind & is_waiting[..., None, :]).sum(-1, keepdims=True)
+
+    def possible(self, observation: Observation) -> jax.Array:
+        """Whether the items of a block are still to be placed, bool [..., N]."""
+        return ((self.uses <= self.waiting(observation)) & (self.length.max(-2, keepdims=True) > 0)).all(-2)
 
 
 class Observation(NamedTuple):
@@ -1036,8 +1046,9 @@ class Observation(NamedTuple):
 
 
 def find_blocks(length: jax.Array, mask: jax.Array) -> Blocks:
-    """The first N = 4 I blocks of items with lengths [3, I] and bool mask [I]. Two items or blocks that are equally
-    long on two axes make a block along the third, if there are items enough for both; smaller blocks come first.
+    """The kinds of items with lengths [3, I] and bool mask [I] as blocks of one item, and then the first 4 I blocks of
+    several. Two blocks that are equally long on two axes make one along the third, if there are items enough for both;
+    smaller ones come first.
 
     What stands in a row along an axis could be joined in many orders. It is joined in the order of its parts' numbers:
     a row takes a part that is no row along this axis itself, and comes after its last one or equals it."""
@@ -1070,8 +1081,8 @@ def find_blocks(length: jax.Array, mask: jax.Array) -> Blocks:
     uses = jnp.diag(available[:, 0] > 0).astype(jnp.int8)
     init = 0, num_items, pad(length), pad(uses), jnp.full(len(slots), 3), jnp.asarray(slots)
     _, count, length, uses, *_ = jax.lax.while_loop(lambda carry: carry[0] < carry[1], join, init)
-    is_block = slots[num_items:size] < count
-    return Blocks(*(jnp.where(is_block, x[:, num_items:size], 0) for x in (length, uses)), kind.astype(jnp.int32))
+    is_block = (slots[:size] < count) & uses[:, :size].any(0)
+    return Blocks(*(jnp.where(is_block, x[:, :size], 0) for x in (length, uses)), kind.astype(jnp.int32))
 
 
 @functools.cache

@@ -37,7 +37,6 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import mctx
-import numpy as np
 import optax
 import tqdm
 from jax.flatten_util import ravel_pytree
@@ -197,10 +196,10 @@ class Config(ev.Sizes):
 
 PRESETS = {  # As one would type them.
     "full": "",
-    "cpu": "max_num_iters=300 rollout_batch_size=64 num_simulations=4 leaf_value=completion"
+    "cpu": "max_num_iters=100 rollout_batch_size=64 num_simulations=4 leaf_value=completion"
     " max_num_considered_actions=4 value_scale=0.5 min_target_kl=0.01 training_batch_size=256 num_epochs=2"
-    " learning_rate=4e-3 learning_rate_decay_iters=300 num_transformer_layers=1 transformer_num_heads=4"
-    " transformer_key_size=8 transformer_mlp_units=[64] eval_interval=25 eval_value_scale=10 save_interval=25",
+    " learning_rate=4e-3 learning_rate_decay_iters=100 num_transformer_layers=1 transformer_num_heads=4"
+    " transformer_key_size=8 transformer_mlp_units=[64] eval_interval=10 eval_value_scale=10 save_interval=10",
     # Give init_from a network of 20 items: from scratch, 30 iterations at a rate of 4e-3 reach no more than sorting.
     "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=12 rollout_batch_size=64 num_simulations=4"
     " leaf_value=completion max_num_considered_actions=4 value_scale=0.5 min_target_kl=0.01 training_batch_size=256"
@@ -275,7 +274,8 @@ MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being
 
 
 class Tokens(NamedTuple):
-    """The E spaces and I items that legal actions use, gathered from the observation's slots; zeros fill them up."""
+    """The E spaces and I items that legal actions use, and the N blocks whose items are still to be placed, gathered
+    from the observation's slots; zeros fill them up."""
 
     legal: jax.Array  # bool [..., E, I]
     lower: jax.Array  # [..., E, 3], corners of the spaces
@@ -283,7 +283,8 @@ class Tokens(NamedTuple):
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
     block: jax.Array  # [..., 3, N], lengths of the blocks
-    in_block: jax.Array  # [..., I, N], 1 for an item of a block for which there are items enough, else 0
+    in_block: jax.Array  # bool [..., I, N], the item is one of the block's
+    beside_block: jax.Array  # bool [..., I, N], the item and those of the block can both be placed
 
 
 class PackingNetwork(hk.Module):
@@ -319,7 +320,7 @@ class PackingNetwork(hk.Module):
 
 
 def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
-    """The tokens of an observation [...], as many as `size` says."""
+    """The tokens of an observation [...], as many as `size` says, and three blocks for each item (all at full size)."""
     ems, legal = observation.ems, observation.action_mask
     # The slots that legal actions use, in order, filled up with a slot that is out of range and reads as zero.
     slots = [(jnp.cumsum(legal.any(-1 - i), -1)[..., None] <= jnp.arange(n)).sum(-2) for i, n in enumerate(size)]
@@ -329,13 +330,22 @@ def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
     corners = jnp.stack([ems.x1, ems.y1, ems.z1, ems.x2, ems.y2, ems.z2], -1)
     lower, upper = jnp.split(take(corners, rows, -2), 2, -1)
     item = take(jnp.stack(list(observation.items), -1), slots[1][..., None], -2)
-    length, uses, kind = observation.blocks
-    waiting = (observation.items_mask & ~observation.items_placed)[..., None, :]
-    waiting = (waiting & (kind[..., None, :] == np.arange(kind.shape[-1])[:, None])).sum(-1, keepdims=True)
-    is_whole = (uses <= waiting).all(-2, keepdims=True)
-    in_block = (take(uses, take(kind, slots[1], -1)[..., None], -2) > 0) & is_whole
-    open_volume = (item.prod(-1) * legal.any(-2)).sum(-1)
-    return Tokens(legal, lower, upper, item, open_volume, length, in_block.astype(jnp.float32))
+    blocks, open_volume = observation.blocks, (item.prod(-1) * legal.any(-2)).sum(-1)
+    block_slots = jnp.cumsum(blocks.possible(observation), -1)[..., None] <= jnp.arange(
+        blocks_of_size(observation, size)
+    )
+    block_slots = block_slots.sum(-2)[..., None, :]
+    kind = take(blocks.kind, slots[1], -1)[..., None]  # [..., I, 1]
+    uses = take(take(blocks.uses, kind, -2), block_slots, -1)
+    exists = block_slots < blocks.uses.shape[-1]
+    beside = (uses < take(blocks.waiting(observation), kind, -2)) & exists
+    return Tokens(legal, lower, upper, item, open_volume, take(blocks.length, block_slots, -1), uses > 0, beside)
+
+
+def blocks_of_size(observation: Observation, size: tuple[int, int]) -> int:
+    """For how many blocks there is room beside so many spaces and items: three for each item, or all."""
+    num_items, num_blocks = observation.blocks.uses.shape[-2:]
+    return num_blocks if size[1] == num_items else min(3 * size[1], num_blocks)
 
 
 def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -374,19 +384,25 @@ def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax
 
 
 def end_relations(tokens: Tokens) -> jax.Array:
-    """Relations of each (space, item) pair by what ends where in the space's lower corner, [..., E, I, 5]: along each
-    axis, whether the item ends where another space begins; whether a block that the item is part of fits into the
-    space, and exactly so along two axes, or along three."""
+    """Relations of each (space, item) pair by what ends where in the space's lower corner, [..., E, I, 8]: along each
+    axis, whether the item ends where another space begins, and whether a block of other items fills what it leaves of
+    the space; whether a block that the item is part of fits into the space, and exactly so along two axes, or three."""
     lower, upper, item = (jnp.moveaxis(x, -1, 0) for x in (tokens.lower, tokens.upper, tokens.item))  # [3, ..., n]
     begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
     end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
     flush = _equal_length(end[..., None, :, :] - begins[..., :, None, None]).any(-3)
     block = jnp.moveaxis(tokens.block, -2, 0)
-    slack = (upper - lower)[..., :, None] - block[..., None, :]  # [3, ..., E, N]
-    is_inside, num_fits = (slack > -ev.EQUAL).all(0), _equal_length(slack).sum(0)
-    of_blocks = jnp.stack([is_inside & (num_fits >= least) for least in (2, 3)], -3)
-    of_items = jnp.einsum("...ken,...in->...eik", of_blocks.astype(jnp.float32), tokens.in_block) > 0.5
-    return jnp.concatenate([jnp.moveaxis(flush, 0, -1), of_items], -1).astype(jnp.float32)
+    slack = upper[..., None, :] - lower[..., None, :] - block[..., :, None]  # [3, ..., N, E]
+    fits = _equal_length(slack)
+    two_fit = jnp.stack([fits[1] & fits[2], fits[0] & fits[2], fits[0] & fits[1]])
+    rest = upper[..., :, None] - end  # [3, ..., E, I]
+    fills = _equal_length(rest[..., None, :, :] - block[..., :, None, None]) & two_fit[..., None]  # [3, ..., N, E, I]
+    fills = (fills & jnp.swapaxes(tokens.beside_block, -1, -2)[..., :, None, :]).any(-3)
+    is_inside, num_fits = (slack > -ev.EQUAL).all(0), fits.sum(0)  # [..., N, E]
+    of_blocks = jnp.stack([is_inside & (num_fits >= least) for least in (2, 3)], -1).astype(jnp.float32)
+    of_items = jnp.einsum("...nek,...in->...eik", of_blocks, tokens.in_block.astype(jnp.float32)) > 0.5
+    by_axis = jnp.moveaxis(jnp.concatenate([flush, fills]), 0, -1)
+    return jnp.concatenate([by_axis, of_items], -1).astype(jnp.float32)
 
 
 def space_space_relations(lower, upper) -> jax.Array:
@@ -529,9 +545,11 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
 def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
     """Index of the first of the sizes that holds an observation, int32 [...], or all of a batch, int32 []."""
     legal = observation.action_mask
-    used = [legal.any(axis).sum(-1) for axis in (-1, -2)]  # Spaces, items.
-    spaces, items = (x.max() for x in used) if batch else used
-    holds = [(spaces <= size[0]) & (items <= size[1]) for size in sizes[:-1]]
+    spaces, items = (legal.any(axis).sum(-1) for axis in (-1, -2))
+    used = spaces, items, jnp.where(spaces > 0, observation.blocks.possible(observation).sum(-1), 0)
+    spaces, items, blocks = (x.max() for x in used) if batch else used
+    room = lambda size: (spaces <= size[0]) & (items <= size[1]) & (blocks <= blocks_of_size(observation, size))
+    holds = [room(size) for size in sizes[:-1]]
     return jnp.stack([*holds, jnp.ones_like(spaces, bool)]).argmax(0).astype(jnp.int32)
 
 
