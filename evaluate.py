@@ -1022,16 +1022,6 @@ class Blocks(NamedTuple):
     uses: jax.Array  # int8 [..., I, N], how many items of each kind
     kind: jax.Array  # int32 [..., I], of each item
 
-    def waiting(self, observation: Observation) -> jax.Array:
-        """How many items of each kind are still to be placed, int32 [..., I, 1]."""
-        is_of_kind = self.kind[..., None, :] == np.arange(self.kind.shape[-1])[:, None]
-        is_waiting = observation.items_mask & ~observation.items_placed
-        return (is_of_kind & is_waiting[..., None, :]).sum(-1, keepdims=True)
-
-    def possible(self, observation: Observation) -> jax.Array:
-        """Whether the items of a block are still to be placed, bool [..., N]."""
-        return ((self.uses <= self.waiting(observation)) & (self.length.max(-2, keepdims=True) > 0)).all(-2)
-
 
 class Observation(NamedTuple):
     """Jumanji's observation, and the blocks of all items, placed or not."""

@@ -274,8 +274,8 @@ MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being
 
 
 class Tokens(NamedTuple):
-    """The E spaces and I items that legal actions use, and the N blocks whose items are still to be placed, gathered
-    from the observation's slots; zeros fill them up."""
+    """The E spaces and I items that legal actions use, gathered from the observation's slots; zeros fill them up. And
+    the N blocks of the instance."""
 
     legal: jax.Array  # bool [..., E, I]
     lower: jax.Array  # [..., E, 3], corners of the spaces
@@ -283,8 +283,8 @@ class Tokens(NamedTuple):
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
     block: jax.Array  # [..., 3, N], lengths of the blocks
-    in_block: jax.Array  # bool [..., I, N], the item is one of the block's
-    beside_block: jax.Array  # bool [..., I, N], the item and those of the block can both be placed
+    in_block: jax.Array  # bool [..., I, N], the item is one of a block whose items are all still to be placed
+    beside_block: jax.Array  # bool [..., I, N], all items of the block are still to be placed, and this is another one
 
 
 class PackingNetwork(hk.Module):
@@ -320,7 +320,7 @@ class PackingNetwork(hk.Module):
 
 
 def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
-    """The tokens of an observation [...], as many as `size` says, and three blocks for each item (all at full size)."""
+    """The tokens of an observation [...], as many as `size` says."""
     ems, legal = observation.ems, observation.action_mask
     # The slots that legal actions use, in order, filled up with a slot that is out of range and reads as zero.
     slots = [(jnp.cumsum(legal.any(-1 - i), -1)[..., None] <= jnp.arange(n)).sum(-2) for i, n in enumerate(size)]
@@ -330,22 +330,15 @@ def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
     corners = jnp.stack([ems.x1, ems.y1, ems.z1, ems.x2, ems.y2, ems.z2], -1)
     lower, upper = jnp.split(take(corners, rows, -2), 2, -1)
     item = take(jnp.stack(list(observation.items), -1), slots[1][..., None], -2)
-    blocks, open_volume = observation.blocks, (item.prod(-1) * legal.any(-2)).sum(-1)
-    block_slots = jnp.cumsum(blocks.possible(observation), -1)[..., None] <= jnp.arange(
-        blocks_of_size(observation, size)
-    )
-    block_slots = block_slots.sum(-2)[..., None, :]
-    kind = take(blocks.kind, slots[1], -1)[..., None]  # [..., I, 1]
-    uses = take(take(blocks.uses, kind, -2), block_slots, -1)
-    exists = block_slots < blocks.uses.shape[-1]
-    beside = (uses < take(blocks.waiting(observation), kind, -2)) & exists
-    return Tokens(legal, lower, upper, item, open_volume, take(blocks.length, block_slots, -1), uses > 0, beside)
-
-
-def blocks_of_size(observation: Observation, size: tuple[int, int]) -> int:
-    """For how many blocks there is room beside so many spaces and items: three for each item, or all."""
-    num_items, num_blocks = observation.blocks.uses.shape[-2:]
-    return num_blocks if size[1] == num_items else min(3 * size[1], num_blocks)
+    length, uses, kind = observation.blocks
+    open_volume = (item.prod(-1) * legal.any(-2)).sum(-1)
+    is_of_kind = kind[..., None, :] == jnp.arange(kind.shape[-1])[:, None]
+    is_waiting = (observation.items_mask & ~observation.items_placed)[..., None, :]
+    waiting = (is_of_kind & is_waiting).sum(-1, keepdims=True)  # [..., I, 1], items of each kind
+    possible = (uses <= waiting).all(-2, keepdims=True) & (length > 0).any(-2, keepdims=True)
+    kind = take(kind, slots[1], -1)[..., None]
+    uses, waiting = take(uses, kind, -2), take(waiting, kind, -2)  # [..., I, N], [..., I, 1]
+    return Tokens(legal, lower, upper, item, open_volume, length, (uses > 0) & possible, (uses < waiting) & possible)
 
 
 def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -392,15 +385,14 @@ def end_relations(tokens: Tokens) -> jax.Array:
     end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
     flush = _equal_length(end[..., None, :, :] - begins[..., :, None, None]).any(-3)
     block = jnp.moveaxis(tokens.block, -2, 0)
-    slack = upper[..., None, :] - lower[..., None, :] - block[..., :, None]  # [3, ..., N, E]
-    fits = _equal_length(slack)
-    two_fit = jnp.stack([fits[1] & fits[2], fits[0] & fits[2], fits[0] & fits[1]])
-    rest = upper[..., :, None] - end  # [3, ..., E, I]
+    slack = (upper - lower)[..., :, None] - block[..., None, :]  # [3, ..., E, N]
+    is_inside, fits = (slack > -ev.EQUAL).all(0), _equal_length(slack)
+    x, y, z = jnp.swapaxes(fits, -1, -2)
+    two_fit, rest = jnp.stack([y & z, x & z, x & y]), upper[..., :, None] - end  # [3, ..., N, E], [3, ..., E, I]
     fills = _equal_length(rest[..., None, :, :] - block[..., :, None, None]) & two_fit[..., None]  # [3, ..., N, E, I]
     fills = (fills & jnp.swapaxes(tokens.beside_block, -1, -2)[..., :, None, :]).any(-3)
-    is_inside, num_fits = (slack > -ev.EQUAL).all(0), fits.sum(0)  # [..., N, E]
-    of_blocks = jnp.stack([is_inside & (num_fits >= least) for least in (2, 3)], -1).astype(jnp.float32)
-    of_items = jnp.einsum("...nek,...in->...eik", of_blocks, tokens.in_block.astype(jnp.float32)) > 0.5
+    of_blocks = jnp.stack([is_inside & (fits.sum(0) >= least) for least in (2, 3)], -3).astype(jnp.float32)
+    of_items = jnp.einsum("...ken,...in->...eik", of_blocks, tokens.in_block.astype(jnp.float32)) > 0.5
     by_axis = jnp.moveaxis(jnp.concatenate([flush, fills]), 0, -1)
     return jnp.concatenate([by_axis, of_items], -1).astype(jnp.float32)
 
@@ -545,11 +537,9 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
 def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
     """Index of the first of the sizes that holds an observation, int32 [...], or all of a batch, int32 []."""
     legal = observation.action_mask
-    spaces, items = (legal.any(axis).sum(-1) for axis in (-1, -2))
-    used = spaces, items, jnp.where(spaces > 0, observation.blocks.possible(observation).sum(-1), 0)
-    spaces, items, blocks = (x.max() for x in used) if batch else used
-    room = lambda size: (spaces <= size[0]) & (items <= size[1]) & (blocks <= blocks_of_size(observation, size))
-    holds = [room(size) for size in sizes[:-1]]
+    used = [legal.any(axis).sum(-1) for axis in (-1, -2)]  # Spaces, items.
+    spaces, items = (x.max() for x in used) if batch else used
+    holds = [(spaces <= size[0]) & (items <= size[1]) for size in sizes[:-1]]
     return jnp.stack([*holds, jnp.ones_like(spaces, bool)]).argmax(0).astype(jnp.int32)
 
 
