@@ -22,11 +22,6 @@ and on instances that no choice was made on from
     python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl seed=7 num_episodes=4096 \
         json=tests/results/fresh_instances.json
 
-those of PPO with as many decisions as search distillation from three runs (SEED = 0, 1, 2)
-
-    python train_ppo_binpack.py preset=cpu max_num_iters=309 learning_rate_decay_iters=309 seed=SEED save_dir=FOLDER
-    python evaluate.py FOLDER/BinPack-v2/ppo/seed_* json=tests/results/ppo_equal_decisions.json
-
 the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of larger instances from
 tests/studies/exact_solver.py and sizes.py, that of faults from tests/measure_reliability.py, and that of situations
 from tests/measure_situations.py.
@@ -47,8 +42,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "sizes", "operators"),
-    "tests/studies/operators.md": ("settings", "workers"),
+    "README.md": ("results", "sizes"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
     "tests/benchmarks/README.md": ("speed", "growth"),
@@ -57,11 +51,9 @@ RESULTS = ROOT / "tests" / "results" / "cpu_preset.json"
 FLOORS = ROOT / "tests" / "results" / "floors.json"
 SHIPPED = ROOT / "tests" / "results" / "checkpoints.json"
 FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
-EQUAL_DECISIONS = ROOT / "tests" / "results" / "ppo_equal_decisions.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
 SIZES = ROOT / "tests" / "studies" / "sizes.json"
-OPERATORS = ROOT / "tests" / "studies" / "operators.json"
 EXACT = ROOT / "tests" / "studies" / "exact_solver.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 SITUATIONS = ROOT / "tests" / "results" / "situations.json"
@@ -170,7 +162,8 @@ def results_table(results: dict, floors: dict, benchmark: dict) -> str:
     """What the methods reach, and what its figures are."""
     devices = by_device(results)
     lines = [
-        "| two CPU cores, `preset=cpu` | decisions | minutes (slower / faster) | utilisation | filled completely |",
+        f"| two CPU cores, `preset=cpu` | decisions | minutes{' (slower / faster)' if len(devices) > 1 else ''}"
+        " | utilisation | filled completely |",
         "|---|---|---|---|---|",
     ]
     for row in floors["rows"]:
@@ -298,48 +291,26 @@ def on_fresh_instances(scores: dict) -> str:
     )
 
 
-def comparison_table(results: dict, equal_decisions: dict) -> str:
-    """Both methods at equal wall-clock on each machine, and at equal numbers of decisions."""
-    devices, lines = by_device(results), []
+def comparison_table(results: dict) -> str:
+    """Both methods at equal wall-clock on each machine that has both."""
     limits, differences, means = [], [], []
-    for of_device in devices.values():  # Hours are those of one machine.
+    for of_device in by_device(results).values():  # Hours are those of one machine.
         if all(method in of_device for method in METHODS):
             limit = min(run["curve"][-1]["hours"] for runs in of_device.values() for run in runs)
             values = {method: [100 * at(run, limit) for run in of_device[method]] for method in METHODS}
             limits.append(f"{60 * limit:.1f}")
             differences.append([a - b for a, b in zip(values["search_distill"], values["ppo"], strict=True)])
             means.append(values)
-    if limits:
-        figures = " and ".join(
-            "{:.2f} ± {:.2f} % ({})".format(*mean_and_error([x for of in means for x in of[method]]), METHODS[method])
-            for method in METHODS
-        )
-        mean, error = mean_and_error([x for of_device in differences for x in of_device])
-        each = " and ".join("{:.2f} ± {:.2f}".format(*mean_and_error(x)) for x in differences)
-        each = f" ({each} on the single machines)" if len(differences) > 1 else ""
-        lines += [
-            f"At equal wall-clock, {' / '.join(limits)} minutes, the networks alone reach {figures}. The difference of"
-            f" runs with the same seed on the same machine is {mean:.2f} ± {error:.2f} percentage points{each}.",
-            "",
-        ]
-    of_ppo, error = mean_and_error([100 * row["avg_return"] for row in equal_decisions["rows"]])
-    trained = equal_decisions["rows"][0]["training"]["config"]
-    keys = "max_num_iters", "learning_rate_decay_iters"
-    changed = " ".join(f"{key}={trained[key]}" for key in keys)
-    decisions = statistics.mean(row["training"]["frames"] for row in equal_decisions["rows"])
-    return "\n".join(
-        [
-            *lines,
-            f"At equal numbers of decisions, PPO's network alone reaches {of_ppo:.2f} ± {error:.2f} %. Its learning"
-            f" rate decays over its {round(decisions, -3):,.0f} decisions, which are about as many as search"
-            " distillation's:",
-            "",
-            "```bash",
-            "for seed in 0 1 2; do",
-            f"  python train_ppo_binpack.py preset=cpu {changed} save_dir=checkpoints/equal_decisions seed=$seed",
-            "done",
-            "```",
-        ]
+    figures = " and ".join(
+        "{:.2f} ± {:.2f} % ({})".format(*mean_and_error([x for of in means for x in of[method]]), METHODS[method])
+        for method in METHODS
+    )
+    mean, error = mean_and_error([x for of_device in differences for x in of_device])
+    each = " and ".join("{:.2f} ± {:.2f}".format(*mean_and_error(x)) for x in differences)
+    each = f" ({each} on the single machines)" if len(differences) > 1 else ""
+    return (
+        f"At equal wall-clock, {' / '.join(limits)} minutes, the networks alone reach {figures}. The difference of"
+        f" runs with the same seed on the same machine is {mean:.2f} ± {error:.2f} percentage points{each}."
     )
 
 
@@ -500,42 +471,6 @@ def sizes_table(sizes: dict, exact: dict) -> str:
     return "\n".join(lines)
 
 
-def operators_table(operators: dict) -> str:
-    """A line an operator of tests/studies/operators.py: means over seeds and their standard errors."""
-    lines = [
-        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
-        " | with 32-simulation search on top | filled |",
-        "|---" * 6 + "|",
-    ]
-    for name in operators["seconds"]:
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
-            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
-            means = [mean_and_error([100 * row[key] for row in mine]) for key in keys]
-            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
-            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
-    return "\n".join(lines)
-
-
-def settings_table(operators: dict) -> str:
-    """What each run of tests/studies/operators.py was, over `preset=cpu`."""
-    lines = ["| | keys | seconds of an iteration | iterations | decisions |", "|---|---|---|---|---|"]
-    for name, seconds in operators["seconds"].items():
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
-            decisions = statistics.mean(row["decisions"] for row in mine)
-            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
-            lines.append(f"| {name} | {words} | {seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} |")
-    return "\n".join(lines)
-
-
-def workers_table(operators: dict) -> str:
-    lines = ["| workers | evaluations that a decision waits for | decisions/s |", "|---|---|---|"]
-    for row in operators["workers"]:
-        lines.append(f"| {row['workers']} | {row['evaluations']} | {row['decisions_per_second']:.1f} |")
-    return "\n".join(lines)
-
-
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
@@ -543,16 +478,13 @@ def tables() -> dict[str, str]:
     return dict(
         results=results_table(results, read(FLOORS), benchmark),
         runs=runs_table(results),
-        comparison=comparison_table(results, read(EQUAL_DECISIONS)),
+        comparison=comparison_table(results),
         checkpoints=checkpoints_table(results, read(SHIPPED), read(FRESH)),
         reliability=reliability_table(read(RELIABILITY)),
         situations=situations_table(read(SITUATIONS)),
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
-        operators=operators_table(read(OPERATORS)),
-        settings=settings_table(read(OPERATORS)),
-        workers=workers_table(read(OPERATORS)),
     )
 
 

@@ -1,12 +1,12 @@
 """Every improvement operator and loss at equal wall-clock: what the network learns, and what a search adds to it.
 
     python tests/studies/operators.py          # about four hours on 2 cores; goes on where it was stopped
-    python tests/studies/operators.py draw     # only makes the picture, from the results that there are
+    python tests/studies/operators.py draw     # only makes the picture and the tables, from the results that there are
 
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
 decays over them. What an iteration takes is measured first, for all arms in a row and with nothing else on the machine:
 the mean over `TIMED` iterations, without those that compile. So the runs themselves may share it. Results:
-`tests/studies/operators.json` and `operators.png`; `collect_results.py` makes the README's table.
+`tests/studies/operators.json`, `operators.png` and `operators.md`.
 """
 
 import json
@@ -22,7 +22,8 @@ import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE, RUNS = HERE / "operators.json", HERE / "operators.png", study.ROOT / "checkpoints" / "operators"
+RESULTS, PICTURE, TABLES = HERE / "operators.json", HERE / "operators.png", HERE / "operators.md"
+RUNS = study.ROOT / "checkpoints" / "operators"
 MINUTES = 5.0  # of one core, about what the preset needs until it learns little more
 TIMED = 24
 SEEDS = (0, 1, 2)
@@ -119,6 +120,58 @@ def draw(results: dict) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
+def operators_table(operators: dict) -> str:
+    """A line an operator: means over seeds and their standard errors."""
+    lines = [
+        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
+        " | with 32-simulation search on top | filled |",
+        "|---" * 6 + "|",
+    ]
+    for name in operators["seconds"]:
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
+            means = [study.mean_and_error([100 * row[key] for row in mine]) for key in keys]
+            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
+            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
+    return "\n".join(lines)
+
+
+def settings_table(operators: dict) -> str:
+    """What each run was, over `preset=cpu`."""
+    lines = ["| | keys | seconds of an iteration | iterations | decisions |", "|---|---|---|---|---|"]
+    for name, seconds in operators["seconds"].items():
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            decisions = statistics.mean(row["decisions"] for row in mine)
+            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
+            lines.append(f"| {name} | {words} | {seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} |")
+    return "\n".join(lines)
+
+
+def workers_table(operators: dict) -> str:
+    lines = ["| workers | evaluations that a decision waits for | decisions/s |", "|---|---|---|"]
+    for row in operators["workers"]:
+        lines.append(f"| {row['workers']} | {row['evaluations']} | {row['decisions_per_second']:.1f} |")
+    return "\n".join(lines)
+
+
+def tables(results: dict) -> str:
+    """The text of operators.md."""
+    made = f"Made by `{results['command']}` at commit {results['commit'][:12]}, on {results['device']}."
+    parts = (
+        "# Every improvement operator at equal time",
+        "Each run is `preset=cpu` with the keys below, for as many iterations as the time allows. The networks, alone"
+        f" and with search on top, play the 1,024 fixed instances; ± is the standard error over seeds. {made}",
+        operators_table(results),
+        "![Utilisation of the networks alone against minutes](operators.png)",
+        settings_table(results),
+        "Workers of AlphaZero's search, with 32 simulations a decision, on one core and from the shipped network:",
+        workers_table(results),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
 def main(argv: list[str]) -> int:
     if argv not in ([], ["draw"]):
         print(f"error: expected nothing or draw, got {' '.join(argv)}", file=sys.stderr)
@@ -145,6 +198,7 @@ def main(argv: list[str]) -> int:
         write()
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
     draw(results)
+    TABLES.write_text(tables(json.loads(RESULTS.read_text())))
     return 0
 
 

@@ -5,7 +5,7 @@
     python tests/studies/sizes.py draw       # only makes the picture, from the results that there are
 
 Each row plays the first of the same evaluation instances, alone on the machine. A network whose run is not there is
-left out; the runs, with SEED 0 and 1 (of the first kind seed 0 is the shipped checkpoint), are those of
+left out; the runs, with SEED 0 and 1, are those of
 
     python train_search_distill_binpack.py preset=cpu seed=SEED save_dir=checkpoints/sizes/20
     python train_search_distill_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/20_50 \\
@@ -48,9 +48,7 @@ class Player(NamedTuple):
     tries: int = 1
 
     def checkpoint(self) -> Path:
-        """The shipped one, or the folder of a run."""
-        if (self.trained, self.seed) == ("20", 0):
-            return ROOT / "checkpoints" / f"{self.name}_cpu.pkl"
+        """The folder of its run."""
         of_50 = evaluate.Sizes(max_num_items=50, max_num_ems=80).env_name
         env_name = "BinPack-v2" if self.trained == "20" else of_50
         method = "ppo" if self.name == "ppo" else "nsim_4"

@@ -389,9 +389,12 @@ def measure_long() -> dict:
     ]
     found = list(on_all_cores(run, items))
     runs = [found[i : i + len(SEEDS)] for i in range(0, len(found), len(SEEDS))]
-    return made_with(" long") | dict(
-        variants=[dict(**variant._asdict(), runs=found) for variant, found in zip(variants, runs)]
-    )
+    base = [
+        dict(greedy=run["last"]["eval/greedy/avg_return"], filled=run["last"]["eval/greedy/solved_rate"])
+        for run in collect_results.of_method(json.loads(collect_results.RESULTS.read_text()), "search_distill")
+    ]
+    variants = [dict(**variant._asdict(), runs=found) for variant, found in zip(variants, runs)]
+    return made_with(" long") | dict(iterations=PRESET.max_num_iters, base=base, variants=variants)
 
 
 def percent(values: list[float]) -> str:
@@ -428,7 +431,7 @@ def table(results: dict) -> str:
         "",
         f"One choice is changed at a time. Each run has {base[0]['iterations']} iterations of 64 episodes, over which"
         f" the learning rate decays. Seeds: {seeds}. Evaluation: 1,024 fixed instances. This is the early part of"
-        f" learning; over the preset's {PRESET.max_num_iters} iterations the order may be another one.",
+        " learning; over a whole run the order may be another one. The network did not see [blocks](view.md) then.",
         "",
         f"Made by `{results['command']}` at commit {results['commit'][:12]} (runs are kept for commits with the same"
         f" code), on {results['device']}. Base is `{' '.join(settings)}`. Its learning rate decays to zero on a"
@@ -503,15 +506,12 @@ def uses(variant: dict) -> float:
 
 
 def long_table(results: dict) -> list[str]:
-    """The same of the runs that take as long as the preset's, against those of the README."""
-    base = [
-        dict(greedy=run["last"]["eval/greedy/avg_return"], filled=run["last"]["eval/greedy/solved_rate"])
-        for run in collect_results.of_method(json.loads(collect_results.RESULTS.read_text()), "search_distill")
-    ]
+    """The same of the runs that take as long as the preset's, against its own."""
+    base = results["base"]
     lines = [
-        f"Some of them for as long as the {PRESET.max_num_iters} iterations of the preset take:"
+        f"Some of them for as long as the {results['iterations']} iterations of the preset took:"
         f" `{results['command']}`, commit {results['commit'][:12]}, {results['device']}. The preset's own runs are the"
-        f" {len(base)} of `tests/results/cpu_preset.json`; means are compared, not runs of the same seed.",
+        f" {len(base)} that the README had then; means are compared, not runs of the same seed.",
         "",
         "| question | choice | iterations | network | difference | filled |",
         "|---|---|---|---|---|---|",
@@ -522,7 +522,7 @@ def long_table(results: dict) -> list[str]:
         network, filled = (percent([run[key] for run in row["runs"]]) for key in ("greedy", "filled"))
         here, its_error = mean_and_error([100 * run["greedy"] for run in row["runs"]])
         difference = "" if row["runs"] is base else f"{here - mean:.2f} ± {math.hypot(error, its_error):.2f}"
-        iterations = row["runs"][0].get("iterations", PRESET.max_num_iters)
+        iterations = row["runs"][0].get("iterations", results["iterations"])
         lines.append(f"| {row['question']} | {row['name']} | {iterations} | {network} | {difference} | {filled} |")
     return lines
 
