@@ -101,10 +101,10 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     first = next(run for run in group["runs"] if run["seed"] == 0)
     run = evaluate.Run(script.Config(**group["config"] | {"seed": 0, "save_dir": "./checkpoints"}), script.METHOD)
     run._file, run._bar = io.StringIO(), SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
-    row = dict(iteration=300, frames=int(first["curve"][-1]["decisions"]), hours=first["curve"][-1]["hours"])
+    row = dict(iteration=100, frames=int(first["curve"][-1]["decisions"]), hours=first["curve"][-1]["hours"])
     run.record(row | first["last"] | {"train/policy_loss": 0.0, "perf/decisions_per_second": 0.0})
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 2 and f"```text\n{printed}Done: {run.checkpoint(300)}\n```" in README
+    assert printed.count("\n") == 2 and f"```text\n{printed}Done: {run.checkpoint(100)}\n```" in README
 
 
 def test_links_and_pictures_of_the_readmes_exist():
