@@ -82,7 +82,7 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     )[0]
     alone = f"packs {mean('search_distill', 'greedy/avg_return'):.1f} % of the volume and fills"
     assert f"{alone} {mean('search_distill', 'greedy/solved_rate'):.0f} % of the containers" in README
-    with_search = f"packs {mean('search_distill', 'search/avg_return'):.2f} % and fills"
+    with_search = f"packs {mean('search_distill', 'search/avg_return'):.3f} % and fills"
     assert f"{with_search} {mean('search_distill', 'search/solved_rate'):.1f} %" in README
     assert f"PPO's network packs {mean('ppo', 'greedy/avg_return'):.1f} %" in README
     rule = next(row for row in floors["rows"] if row["policy"] == "largest_first")
