@@ -124,7 +124,7 @@ def test_a_batch_is_predicted_in_parts_in_which_ended_rows_cost_nothing(network,
 def test_a_pair_is_told_what_blocks_of_other_items_would_fill():
     """A whole container, and items that fill it: A beside B and C, which stand one behind the other."""
     item = np.array([[0.4, 1.0, 1.0], [0.6, 0.5, 1.0], [0.6, 0.5, 1.0]], np.float32)  # A, B, C
-    space = Space(*(np.array([x, 0.0], np.float32) for x in (0.0, 1.0, 0.0, 1.0, 0.0, 1.0)))
+    space = Space(**{f"{axis}{end}": np.array([end - 1, 0], np.float32) for axis in "xyz" for end in (1, 2)})
     legal = np.array([[True] * 3, [False] * 3])
     whole = evaluate.Observation(space, legal[:, 0], Item(*item.T), legal[0], legal[1], legal, None)
 
