@@ -18,7 +18,7 @@ SIZES = script.Config().token_sizes
 @pytest.fixture(scope="module")
 def observations(played):
     """Decisions of random episodes, [N, ...]; they use up to 19 spaces, many more than good play."""
-    rows = np.argwhere(np.asarray(script.has_legal_action(played[1])))[::4]
+    rows = np.argwhere(np.asarray(script.has_legal_action(played[1])))[::12]
     return jax.tree.map(lambda x: x[rows[:, 0], rows[:, 1]], played[1])
 
 
@@ -30,7 +30,7 @@ def fits(observations, size) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES[:-1])
 def test_every_size_that_holds_a_state_gives_the_same(size, network, params, apply, observations):
     rows = fits(observations, size)
-    assert rows.sum() > 100
+    assert rows.sum() > 30
     observations = jax.tree.map(lambda x: x[rows], observations)
     at_size = jax.jit(lambda params, observation: network.apply(params, None, observation, size))
     for found, expected in zip(at_size(params, observations), apply(params, observations), strict=True):

@@ -92,8 +92,8 @@ def test_compact_search_equals_full_width_search(env, network, config, params, p
     states, observations = played
     count = np.asarray(observations.action_mask).sum((-2, -1))
     states, observations = rows(played, (count > 0) & (count <= 40))  # Interior nodes then stay within K as well.
-    assert len(observations.ems_mask) >= 300
-    states, observations = jax.tree.map(lambda x: x[:300], (states, observations))
+    assert len(observations.ems_mask) >= 150
+    states, observations = jax.tree.map(lambda x: x[:150], (states, observations))
     policy = script.make_search_policy(env, network, config, 6, 0.0)  # Four children and two of theirs.
     action, decision = act_on(policy, params, states, observations)
     weights = np.zeros((len(action), 800), np.float32)
