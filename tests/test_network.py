@@ -135,7 +135,8 @@ def test_a_pair_is_told_what_blocks_of_other_items_would_fill():
 
     blocks = evaluate.checked(whole).blocks
     assert blocks.kind.tolist() == [0, 1, 1]
-    made = {tuple(np.round(np.float64(x), 3).tolist()): n.tolist() for x, n in zip(blocks.length.T, blocks.uses.T) if n.sum() > 1}
+    lengths = np.round(np.float64(blocks.length.T), 3).tolist()
+    made = {tuple(x): n.tolist() for x, n in zip(lengths, blocks.uses.T) if n.sum() > 1}
     assert made == {(0.6, 1.0, 1.0): [0, 2, 0], (1.0, 1.0, 1.0): [1, 2, 0]}
     # Ends where another space begins, by axis; the rest is filled, by axis; part of a block that fits two, three axes.
     assert relations([False] * 3) == [[0, 0, 0, 1, 0, 0, 1, 1]] * 3  # A beside B or C, too.
