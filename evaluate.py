@@ -1016,10 +1016,10 @@ EQUAL = 5e-5  # Normalised lengths that differ by less are the same: a millimetr
 class Blocks(NamedTuple):
     """Boxes without gaps that items of an instance make, alone or together, as in block building for container loading
     (Eley 2002; Fanslau and Bortfeldt 2010). Items with the same lengths are of one kind, whose number is that of its
-    first item. There are N = 5 I blocks; where fewer were found, zeros."""
+    first item. There is room for N, of several items 4 I and at most 400; where fewer were found, zeros stand."""
 
     length: jax.Array  # [..., 3, N], shares of the container
-    uses: jax.Array  # int8 [..., I, N], how many items of each kind
+    uses: jax.Array  # int16 [..., I, N], how many items of each kind
     kind: jax.Array  # int32 [..., I], of each item
 
 
@@ -1036,14 +1036,14 @@ class Observation(NamedTuple):
 
 
 def find_blocks(length: jax.Array, mask: jax.Array) -> Blocks:
-    """The kinds of items with lengths [3, I] and bool mask [I] as blocks of one item, and then the first 4 I blocks of
+    """The kinds of items with lengths [3, I] and bool mask [I] as blocks of one item, and then the first blocks of
     several. Two blocks that are equally long on two axes make one along the third, if there are items enough for both;
     smaller ones come first.
 
     What stands in a row along an axis could be joined in many orders. It is joined in the order of its parts' numbers:
     a row takes a part that is no row along this axis itself, and comes after its last one or equals it."""
     num_items, most_new = mask.size, 16  # A part makes at most so many new blocks with earlier ones: fixed shapes.
-    size = 5 * num_items
+    size = num_items + min(4 * num_items, 400)
     slots, axes = np.arange(size + most_new), np.arange(3)[:, None]
     same = (jnp.abs(length[:, :, None] - length[:, None]) < EQUAL).all(0) & mask[:, None] & mask
     kind = same.argmax(1)
@@ -1068,7 +1068,7 @@ def find_blocks(length: jax.Array, mask: jax.Array) -> Blocks:
         arrays = map(write, (length, uses, along, last), of_new)
         return p + 1, jnp.minimum(count + jnp.minimum(new.sum(), most_new), size), *arrays
 
-    uses = jnp.diag(available[:, 0] > 0).astype(jnp.int8)
+    uses = jnp.diag(available[:, 0] > 0).astype(jnp.int16)  # Own items may be 999 of a kind.
     init = 0, num_items, pad(length), pad(uses), jnp.full(len(slots), 3), jnp.asarray(slots)
     _, count, length, uses, *_ = jax.lax.while_loop(lambda carry: carry[0] < carry[1], join, init)
     is_block = (slots[:size] < count) & uses[:, :size].any(0)

@@ -121,24 +121,41 @@ def test_a_batch_is_predicted_in_parts_in_which_ended_rows_cost_nothing(network,
             np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pair_is_told_what_blocks_of_other_items_would_fill():
-    """A whole container, and items that fill it: A beside B and C, which stand one behind the other."""
-    item = np.array([[0.4, 1.0, 1.0], [0.6, 0.5, 1.0], [0.6, 0.5, 1.0]], np.float32)  # A, B, C
+def observe(item: list, placed: list[bool]) -> evaluate.Observation:
+    """An empty container as the one space, though some items are placed, and a slot for another."""
     space = Space(**{f"{axis}{end}": np.array([end - 1, 0], np.float32) for axis in "xyz" for end in (1, 2)})
-    legal = np.array([[True] * 3, [False] * 3])
-    whole = evaluate.Observation(space, legal[:, 0], Item(*item.T), legal[0], legal[1], legal, None)
+    waiting = ~np.array(placed)
+    legal, items = np.stack([waiting, 0 * waiting]).astype(bool), Item(*np.array(item, np.float32).T)
+    return evaluate.checked(
+        evaluate.Observation(space, legal.any(1), items, waiting | ~waiting, ~waiting, legal, blocks=None)
+    )
 
-    def relations(is_placed: list[bool]) -> list[list[int]]:
-        placed = np.array(is_placed)
-        observation = evaluate.checked(whole._replace(items_placed=placed, action_mask=legal & ~placed))
-        return script.end_relations(script.gather_tokens(observation, (2, 3)))[0].astype(int).tolist()
 
-    blocks = evaluate.checked(whole).blocks
-    assert blocks.kind.tolist() == [0, 1, 1]
-    lengths = np.round(np.float64(blocks.length.T), 3).tolist()
-    made = {tuple(x): n.tolist() for x, n in zip(lengths, blocks.uses.T) if n.sum() > 1}
-    assert made == {(0.6, 1.0, 1.0): [0, 2, 0], (1.0, 1.0, 1.0): [1, 2, 0]}
+@pytest.mark.parametrize("axis", range(3))
+def test_a_pair_is_told_what_blocks_of_other_items_would_fill(axis):
+    """A beside B and C, which stand one behind the other, along each axis in turn."""
+    items = np.roll([[0.4, 1.0, 1.0], [0.6, 0.5, 1.0], [0.6, 0.5, 1.0]], axis, 1).tolist()  # A, B, C
+
+    def relations(items: list, *placed: bool) -> list[list[int]]:
+        tokens = script.gather_tokens(observe(items, placed), (2, len(items)))
+        return script.end_relations(tokens)[0].astype(int).tolist()
+
     # Ends where another space begins, by axis; the rest is filled, by axis; part of a block that fits two, three axes.
-    assert relations([False] * 3) == [[0, 0, 0, 1, 0, 0, 1, 1]] * 3  # A beside B or C, too.
-    assert relations([False, True, False])[0] == [0, 0, 0, 0, 0, 0, 1, 0]  # Without B nothing fills beside A.
-    assert relations([True, False, False])[:2] == [[0, 0, 0, 0, 0, 0, 1, 0]] * 2  # Of B and C, first two tokens then.
+    filled, nothing = np.roll([1, 0, 0], axis).tolist(), [0, 0, 0]
+    assert relations(items, False, False, False) == [nothing + filled + [1, 1]] * 3  # A beside B or C, too.
+    assert relations(items, False, True, False)[0] == nothing + nothing + [1, 0]  # Without B nothing fills beside A.
+    assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0]] * 2  # Tokens are B and C then.
+    half = np.roll([[0.5, 1.0, 1.0]] * 2, axis, 1).tolist()
+    assert relations(half, False, False) == [nothing + filled + [1, 1]] * 2
+    assert relations(half, False, True)[0] == nothing + nothing + [1, 0]  # No item stands beside itself.
+
+
+def test_equal_items_are_one_kind_of_which_a_row_takes_as_many_as_there_are():
+    slabs = [[0.2, 1.0, 1.0]] * 4 + [[0.2, 0.5, 1.0]] * 2
+    blocks = observe(slabs, [False] * 6).blocks
+    assert blocks.kind.tolist() == [0] * 4 + [4] * 2
+    lengths = np.round(np.float64(blocks.length.T), 3).tolist()
+    made = {(tuple(x), n[0], n[4]) for x, n in zip(lengths, blocks.uses.T.tolist()) if sum(n) > 1}
+    rows = {((0.2 * (n + pair), 1.0, 1.0), n, 2 * pair) for n in range(5) for pair in (0, 1) if n + pair > 1}
+    rows |= {((0.2, 1.0, 1.0), 0, 2), ((0.4, 0.5, 1.0), 0, 2)}
+    assert made == {(tuple(np.round(x, 3).tolist()), *n) for x, *n in rows}
