@@ -159,3 +159,15 @@ def test_equal_items_are_one_kind_of_which_a_row_takes_as_many_as_there_are():
     rows = {((0.2 * (n + pair), 1.0, 1.0), n, 2 * pair) for n in range(5) for pair in (0, 1) if n + pair > 1}
     rows |= {((0.2, 1.0, 1.0), 0, 2), ((0.4, 0.5, 1.0), 0, 2)}
     assert made == {(tuple(np.round(x, 3).tolist()), *n) for x, *n in rows}
+
+
+def test_spaces_are_told_where_others_begin_and_end():
+    """The whole container, and what is left of it beside an item that is as long as 0.4 of it."""
+    lower, upper = np.float32([[0, 0, 0], [0.4, 0, 0]]), np.ones((2, 3), np.float32)
+    relations = script.space_space_relations(lower, upper).astype(int)
+    assert relations[0, 1].tolist() == relations[1, 0].tolist() == [0, 1, 1, 1, 1, 1, 1]
+    apart = script.space_space_relations(lower, np.float32([[0.4, 1, 1], [1, 1, 1]])).astype(int)
+    assert apart[0, 1].tolist() == apart[1, 0].tolist() == [0, 1, 1, 0, 1, 1, 0]  # They touch, and do not overlap.
+    ends = observe([[0.4, 0.5, 1.0]], [False])
+    tokens = script.gather_tokens(ends, (2, 1))._replace(lower=lower, upper=upper, legal=np.ones((2, 1), bool))
+    assert script.end_relations(tokens)[0, 0, :3].tolist() == [1, 0, 0]
