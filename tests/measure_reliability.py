@@ -45,7 +45,7 @@ import train_ppo_binpack as ppo  # noqa: E402
 import train_search_distill_binpack as script  # noqa: E402
 
 TIMES = ("hours", "perf/decisions_per_second", "perf/iteration_seconds")
-ENDLESS = "max_num_iters=300"  # As many as the learning rate of preset=cpu allows; a test needs a few of them.
+ENDLESS = "max_num_iters=100"  # As many as the learning rate of preset=cpu allows; a test needs a few of them.
 Outcomes = list[str | None]
 
 
@@ -606,7 +606,7 @@ def long_life(number: int, folder: Path) -> Outcomes:
     own, evaluate.Run.record = evaluate.Run.record, record
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        words = (f"max_num_iters={number}", "eval_interval=2", "save_interval=2")
+        words = (f"max_num_iters={number}", f"learning_rate_decay_iters={number}", "eval_interval=2", "save_interval=2")
         more = ("eval_num_simulations=2", "eval_search_interval=2", "keep_checkpoints=2")
         status, _, said = run_here(folder, *words, *more)
     finally:

@@ -88,7 +88,7 @@ def test_two_processes_make_one_run_and_none_outlives_the_other(ppo_run, ppo_wor
     run_dir.mkdir(parents=True)
     for name in ("iter_000001.pkl", "metrics.jsonl"):
         shutil.copy(ppo_run / name, run_dir)
-    first, second = start_two(tmp_path, ppo_words("max_num_iters=360", "resume=auto"))
+    first, second = start_two(tmp_path, ppo_words("max_num_iters=250", "resume=auto"))
     deadline = time.time() + 300
     while time.time() < deadline and first.poll() is None and not (run_dir / "iter_000003.pkl").exists():
         time.sleep(0.1)
