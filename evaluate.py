@@ -924,6 +924,26 @@ def decreasing_order(x: jax.Array) -> jax.Array:
     return jnp.zeros_like(slots).at[ahead.sum(0)].set(slots, unique_indices=True)
 
 
+def random_generator(sizes: Sizes) -> Any:
+    """Jumanji's generator of random instances, bit for bit. It cuts along each axis as along x, with the axes renamed
+    meanwhile, where Jumanji has three programs."""
+    with importing_jumanji():
+        from jumanji.environments.packing.bin_pack.generator import RandomGenerator
+
+    def rolled(space: Any, by: jax.Array) -> Any:
+        bounds, tree = jax.tree.flatten(space)  # x1, x2, y1, y2, z1, z2
+        return jax.tree.unflatten(tree, jnp.roll(jnp.stack(bounds), 2 * by, 0))
+
+    class FastGenerator(RandomGenerator):
+        def _split_space_into_sub_spaces(self, spaces: Any, mask: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+            axis_key, split_key = jax.random.split(key)
+            axis = jax.random.randint(axis_key, (), 0, 3)
+            spaces, mask = self._split_along_axis("x", rolled(spaces, -axis), mask, split_key)
+            return rolled(spaces, axis), mask & ~spaces.is_empty()
+
+    return FastGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=sizes.split_num_same_items)
+
+
 WORD_BITS = 20  # Bits of a mask that one word holds: two words hold 40 EMSs without padding.
 
 

@@ -158,7 +158,6 @@ def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
     the blocks that items make together. The EMSs' update has no sequential loop."""
     with ev.importing_jumanji():
         from jumanji.environments import BinPack
-        from jumanji.environments.packing.bin_pack.generator import RandomGenerator
 
     class FastBinPack(BinPack):
         reset, step = ev.usual_numbers()(BinPack.reset), ev.usual_numbers()(BinPack.step)
@@ -178,9 +177,7 @@ def make_env(sizes: ev.Sizes, generator: Any = None) -> BinPack:
                 state = ev.state_with_blocks()(state, observation)
             return state, Observation(*observation, blocks=state.blocks), extras
 
-    split = sizes.split_num_same_items
-    generator = generator or RandomGenerator(sizes.max_num_items, sizes.max_num_ems, split_num_same_items=split)
-    return FastBinPack(generator, obs_num_ems=sizes.obs_num_ems)
+    return FastBinPack(generator or ev.random_generator(sizes), obs_num_ems=sizes.obs_num_ems)
 
 
 def step_flat(env: BinPack, state: State, action: jax.Array) -> tuple[State, TimeStep]:

@@ -81,7 +81,7 @@ def share_programs(module, name: str, is_key: Callable[[str], bool] = lambda key
             return type(argument), *((key, value) for key, value in argument if is_key(key))
         kind = type(argument).__name__
         generator = getattr(argument, "generator", None)
-        if kind == "FastBinPack" and type(generator).__name__ == "RandomGenerator":
+        if kind == "FastBinPack" and type(generator).__name__ == "FastGenerator":
             return kind, argument.obs_num_ems, *vars(generator).items()
         return kind if kind == "Transformed" else argument
 

@@ -302,7 +302,7 @@ def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, conf
     "words",
     [
         "improvement=alphazero num_simulations=4 num_workers=2",
-        "improvement=treepi leaf_value=completion num_sampled_actions=3 search_depth=2 max_policy_kl=0.005",
+        "improvement=treepi num_sampled_actions=3 search_depth=2 max_policy_kl=0.005",
         "improvement=best_of_n loss=cispo value_target=search",
     ],
 )
