@@ -1475,7 +1475,7 @@ with warnings.catch_warnings():
 
 def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], config: Config) -> tuple[list, dict]:
     """Pairs of policy and params, of whose episodes the best one counts, and the settings of the search: those of the
-    checkpoint, or of the first other checkpoint that has some, or the defaults with completions."""
+    checkpoint, or of the first other checkpoint that has some, or the defaults."""
     script, env, network, params = checkpoint.script, checkpoint.env, checkpoint.network, checkpoint.params
     if name in FLOORS:
         return [(FLOORS[name](checkpoint), ())], {}
@@ -1483,7 +1483,7 @@ def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], c
     if name == "search":
         searching = [c for c in (checkpoint, *others) if hasattr(c.script, "make_playing_search")]
         searcher = searching[0].script if searching else import_script("search_distill")
-        how = searching[0].config if searching else searcher.Config(leaf_value="completion")
+        how = searching[0].config if searching else searcher.Config()
         if config.leaf_value != "checkpoint":
             how = how.model_copy(update=dict(leaf_value=config.leaf_value))
         make_search = functools.partial(searcher.make_playing_search, env, network, how)

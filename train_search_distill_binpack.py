@@ -70,14 +70,15 @@ class Config(ev.Sizes):
         32, description="simulations a decision (treepi: rollouts; best_of_n: sampled episodes an instance)"
     )
     leaf_value: Literal["network", "completion"] = Field(
-        "network", description="value of a new node: the value head's, or the return of completing the episode greedily"
+        "completion",
+        description="value of a new node: the return of completing the episode greedily, or the value head's",
     )
     search_width: PositiveInt = Field(64, description="actions of highest prior that a search node keeps")
     max_num_considered_actions: PositiveInt = Field(
         16, description="actions that sequential halving starts from at the root"
     )
     gumbel_scale: NonNegativeFloat = Field(1.0, description="scale of the Gumbel noise in collection (evaluation: 0)")
-    value_scale: PositiveFloat = Field(1.0, description="scale of Q in the search's policy improvement")
+    value_scale: PositiveFloat = Field(0.5, description="scale of Q in the search's policy improvement")
     maxvisit_init: NonNegativeFloat = Field(50.0, description="visits added to the largest count in the scale of Q")
     rescale_values: bool = Field(False, description="rescale the Q of each node to [0, 1] before it is scaled")
     c_puct: PositiveFloat = Field(1.25, description="alphazero: weight of the prior in pUCT")
@@ -94,12 +95,12 @@ class Config(ev.Sizes):
     soft_temperature: PositiveFloat = Field(0.04, description="treepi: alpha, in units of the return")
     # Learning.
     min_target_kl: NonNegativeFloat = Field(
-        0.0, description="learn only from decisions whose KL(target || prior) is at least this, in nats (see README)"
+        0.01, description="learn only from decisions whose KL(target || prior) is at least this, in nats (see README)"
     )
     training_batch_size: PositiveInt = Field(4096, description="decisions in a minibatch, over all devices")
-    num_epochs: PositiveInt = Field(1, description="epochs, each of as many minibatches as all decisions would fill")
+    num_epochs: PositiveInt = Field(2, description="epochs, each of as many minibatches as all decisions would fill")
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1e-3, description="step size of Adam")
-    learning_rate_decay_iters: NonNegativeInt = Field(0, description="iterations of cosine decay to 0 (0: constant)")
+    learning_rate_decay_iters: NonNegativeInt = Field(800, description="iterations of cosine decay to 0 (0: constant)")
     loss: Literal["cross_entropy", "cispo"] = Field(
         "cross_entropy", description="to the search's distribution, or a policy gradient along its actions"
     )
@@ -129,7 +130,7 @@ class Config(ev.Sizes):
     eval_batch_size: Annotated[int, Field(ge=2, le=10**7)] = Field(1024, description="evaluation instances")
     eval_seed: ev.Seed = Field(1_000_000, description="seed that fixes the evaluation instances")
     eval_num_simulations: NonNegativeInt = Field(32, description="simulations of evaluation with search (0: none)")
-    eval_value_scale: NonNegativeFloat = Field(0.0, description="scale of Q in that search (0: value_scale)")
+    eval_value_scale: NonNegativeFloat = Field(10.0, description="scale of Q in that search (0: value_scale)")
     eval_search_interval: NonNegativeInt = Field(0, description="iterations between evaluations with search (0: last)")
     save_dir: ev.Folder = Field("./checkpoints", description="folder of all runs")
     save_interval: PositiveInt = Field(20, description="iterations between checkpoints; the last is always saved")
@@ -196,16 +197,14 @@ class Config(ev.Sizes):
 
 PRESETS = {  # As one would type them.
     "full": "",
-    "cpu": "max_num_iters=100 rollout_batch_size=64 num_simulations=4 leaf_value=completion"
-    " max_num_considered_actions=4 value_scale=0.5 min_target_kl=0.01 training_batch_size=256 num_epochs=2"
-    " learning_rate=4e-3 learning_rate_decay_iters=100 num_transformer_layers=1 transformer_num_heads=4"
-    " transformer_key_size=8 transformer_mlp_units=[64] eval_interval=10 eval_value_scale=10 save_interval=10",
+    "cpu": "max_num_iters=100 rollout_batch_size=64 num_simulations=4 max_num_considered_actions=4"
+    " training_batch_size=256 learning_rate=4e-3 learning_rate_decay_iters=100 num_transformer_layers=1"
+    " transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64] eval_interval=10 save_interval=10",
     # Give init_from a network of 20 items: from scratch, 30 iterations at a rate of 4e-3 reach no more than sorting.
     "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=12 rollout_batch_size=64 num_simulations=4"
-    " leaf_value=completion max_num_considered_actions=4 value_scale=0.5 min_target_kl=0.01 training_batch_size=256"
-    " num_epochs=2 learning_rate=1e-3 learning_rate_decay_iters=12 num_transformer_layers=1 transformer_num_heads=4"
-    " transformer_key_size=8 transformer_mlp_units=[64] eval_interval=3 eval_batch_size=256 eval_num_simulations=4"
-    " eval_value_scale=10 save_interval=3",
+    " max_num_considered_actions=4 training_batch_size=256 learning_rate=1e-3 learning_rate_decay_iters=12"
+    " num_transformer_layers=1 transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64]"
+    " eval_interval=3 eval_batch_size=256 eval_num_simulations=4 save_interval=3",
 }
 
 
