@@ -925,8 +925,7 @@ def decreasing_order(x: jax.Array) -> jax.Array:
 
 
 def random_generator(sizes: Sizes) -> Any:
-    """Jumanji's generator of random instances, bit for bit. It cuts along each axis as along x, with the axes renamed
-    meanwhile, where Jumanji has three programs."""
+    """Jumanji's random instances, bit for bit. Jumanji compiles a cut for each axis; here the axes rotate instead."""
     with importing_jumanji():
         from jumanji.environments.packing.bin_pack.generator import RandomGenerator
 

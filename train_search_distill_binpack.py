@@ -100,7 +100,7 @@ class Config(ev.Sizes):
     training_batch_size: PositiveInt = Field(4096, description="decisions in a minibatch, over all devices")
     num_epochs: PositiveInt = Field(2, description="epochs, each of as many minibatches as all decisions would fill")
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1e-3, description="step size of Adam")
-    learning_rate_decay_iters: NonNegativeInt = Field(800, description="iterations of cosine decay to 0 (0: constant)")
+    learning_rate_decay_iters: NonNegativeInt = Field(800, description="iterations of cosine decay to 0 (0: none)")
     loss: Literal["cross_entropy", "cispo"] = Field(
         "cross_entropy", description="to the search's distribution, or a policy gradient along its actions"
     )

@@ -39,11 +39,11 @@ def test_defaults_are_those_of_the_full_run():
 
 
 def test_the_full_run_is_the_recipe_of_the_small_one_at_scale():
-    sizes = {"max_num_iters", "rollout_batch_size", "num_simulations", "max_num_considered_actions", "learning_rate",
+    scale = {"max_num_iters", "rollout_batch_size", "num_simulations", "max_num_considered_actions", "learning_rate",
              "training_batch_size", "learning_rate_decay_iters", "num_transformer_layers", "transformer_key_size",
              "transformer_mlp_units", "eval_interval", "save_interval"}  # fmt: skip
     (full, _), (small, _) = parse(), parse("preset=cpu")
-    assert {key for key, value in full if value != getattr(small, key)} == sizes
+    assert {key for key, value in full if value != getattr(small, key)} == scale
     assert full.leaf_value == "completion" and full.min_target_kl > 0
 
 

@@ -270,13 +270,13 @@ def test_search_is_that_of_the_checkpoints_script_or_of_the_first_other_that_has
 
     a, b = checkpoint_of("a", True, value_scale=3.0, leaf_value="network"), checkpoint_of("b", True)
     none = checkpoint_of("none", False)
-    config = evaluate.Config(num_simulations=5, tries=3)
+    config, default = evaluate.Config(num_simulations=5, tries=3), search_distill.Config()
     monkeypatch.setattr(search_distill, "make_playing_search", make_search("default"))
     for checkpoint, others, search, scale in (
         (a, [none, b, a], ("a", "network"), 3.0),
-        (none, [none, b, a], ("b", "completion"), 0.5),
+        (none, [none, b, a], ("b", default.leaf_value), default.value_scale),
         (none, [none, a, b], ("a", "network"), 3.0),
-        (none, [none], ("default", "completion"), 0.5),
+        (none, [none], ("default", default.leaf_value), default.value_scale),
     ):
         (greedy, *searches), settings = evaluate.make_attempts("search", checkpoint, others, config)
         assert greedy == (f"greedy {checkpoint.params}", checkpoint.params)

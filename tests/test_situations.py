@@ -636,24 +636,28 @@ def offline(monkeypatch):
 
 
 @situations(SWEEPS, "a folder for each trial", "two trials of the README's W&B sweep, as its agent starts them")
-def test_two_trials_of_a_sweep(situation, tmp_path):
-    """The agent's own code makes the commands from the sweep file; a server would choose the values. One of them runs:
-    with another learning rate, another program would be compiled."""
+def test_two_trials_of_a_sweep(situation, tmp_path, monkeypatch):
+    """The agent's own code makes the commands from the sweep file; a server would choose the values. All are read, and
+    the last one runs: with another learning rate, another program would be compiled."""
     sweep = yaml.safe_load(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1])
     command = utils.create_sweep_command(sweep.get("command"))
     rest = [word for word in few(tmp_path) if word.split("=")[0] not in sweep["parameters"]]
     fixed = {key: entry for key, entry in sweep["parameters"].items() if "value" in entry}
-    values = sweep["parameters"]["learning_rate"]["values"]
-    for value in values:
+    values, folders = sweep["parameters"]["learning_rate"]["values"], set()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    for trial, value in zip(("aaa", "bbb"), values, strict=True):
         given = utils.create_sweep_command_args({"args": fixed | {"learning_rate": {"value": value}}})
         given |= dict(env=[], interpreter=[], program=[str(ROOT / sweep["program"])])
         words = [x for word in command for x in (given[word[2:-1]] if word.startswith("${") else [word])]
         config, _ = evaluate.parse_command_line(words[1:], script.Config, script.PRESETS)
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        folders.add(config.run_dir())
         assert config.learning_rate == value and config.resume == "auto"
-    process = program(*words, *rest, WANDB_SWEEP_ID="s1", WANDB_RUN_ID="aaa")
+    assert len(folders) == 2
+    process = program(*words, *rest)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    (path,) = (path for path in tmp_path.rglob("iter_000002.pkl") if "aaa" in str(path))
+    (path,) = (path for path in tmp_path.rglob("iter_000002.pkl") if "bbb" in str(path))
     assert evaluate.read_checkpoint(path)["config"]["learning_rate"] == values[-1]
 
 
@@ -665,10 +669,12 @@ def trial(monkeypatch):
 
 @situations(SWEEPS, "a folder for each trial", "two trials of a sweep in one process")
 def test_two_trials_in_one_process(situation, tmp_path, monkeypatch, trial):
-    assert in_a_thread(lambda: train(tmp_path)) == 0
-    monkeypatch.setenv("WANDB_RUN_ID", "bbb")
-    assert in_a_thread(lambda: train(tmp_path)) == 0
-    assert len(list(tmp_path.rglob("iter_000002.pkl"))) == 2
+    for name in ("aaa", "bbb"):
+        monkeypatch.setenv("WANDB_RUN_ID", name)
+        assert in_a_thread(lambda name=name: train(tmp_path, f"wandb_project={name}")) == 0
+    paths = {path.parts[-3]: path for path in tmp_path.rglob("iter_000002.pkl")}
+    projects = [evaluate.read_checkpoint(paths[f"trial_{name}"])["config"]["wandb_project"] for name in ("aaa", "bbb")]
+    assert projects == ["aaa", "bbb"]
 
 
 @situations(SWEEPS, "goes on in its folder, as the same W&B run", "a trial that was stopped and is started again")
