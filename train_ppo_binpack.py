@@ -74,7 +74,7 @@ class Config(ev.Sizes):
     training_batch_size: PositiveInt = Field(4096, description="decisions in a minibatch, over all devices")
     num_epochs: PositiveInt = Field(4, description="epochs, each of as many minibatches as all decisions would fill")
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(3e-4, description="step size of Adam")
-    learning_rate_decay_iters: NonNegativeInt = Field(0, description="iterations of cosine decay to 0 (0: none)")
+    learning_rate_decay_iters: NonNegativeInt = Field(800, description="iterations of cosine decay to 0 (0: none)")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: PositiveInt = Field(100, description="the run ends after so many skipped updates in a row")
     permute_axes: bool = Field(True, description="train under random permutations of the axes, a symmetry of the task")
