@@ -53,6 +53,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pydantic
 import tqdm
 from jax.experimental import multihost_utils
@@ -1390,33 +1391,250 @@ def largest_first_order(observation: Observation) -> jax.Array:
     return jax.lax.sort((~legal, -item, space, jnp.arange(legal.size)), num_keys=3)[-1]
 
 
-def make_lookahead_policy(checkpoint: Checkpoint, num_candidates: int = 16) -> Policy:
-    """One ply of look-ahead without any learning: each of the rule's best actions is completed by the rule, and the
-    one with the best outcome is taken."""
-    step = functools.partial(checkpoint.script.step_flat, checkpoint.env)
-
-    def body(carry):
-        state, observation, total = carry
-        state, timestep = step(state, largest_first(observation))
-        return state, timestep.observation, total + timestep.reward
-
-    def act(params, key, state, observation, memory):
-        def outcome(action):
-            after, timestep = step(state, action)
-            init = (after, timestep.observation, timestep.reward)
-            return jax.lax.while_loop(lambda carry: carry[1].action_mask.any(), body, init)[2]
-
-        actions = largest_first_order(observation)[:num_candidates]
-        legal = observation.action_mask.reshape(-1)[actions]
-        return actions[jnp.where(legal, jax.vmap(outcome)(actions), -1.0).argmax()], None, memory
-
-    return Policy(act)
-
-
 def make_largest_first_policy(checkpoint: Checkpoint) -> Policy:
     return Policy(lambda params, key, state, observation, memory: (largest_first(observation), None, memory))
 
 
+def make_lookahead_policy(checkpoint: Checkpoint, num_candidates: int = 16) -> Policy:
+    """One ply of look-ahead without any learning: each of the rule's best actions is completed by the rule, and the
+    one with the best outcome is taken."""
+    ranked = lambda params, observation: largest_first_order(observation)[:num_candidates]
+    return make_one_ply(checkpoint, lambda params, observation: largest_first(observation), ranked)
+
+
+# ====================================================== Planners ======================================================
+# They look ahead with a policy's own play: `greedy(params, observation)` -> its action, int32 [], and
+# `ranked(params, observation)` -> its n best actions, int32 [n], best first.
+def make_completion(checkpoint: Checkpoint, greedy: Callable) -> tuple[Callable, Callable]:
+    """Returns complete(params, state, observation) -> (share of the container that `greedy` still packs, [], and
+    whether it places every item, bool []), and try_out(params, state, observation, action) -> the same for an action
+    and greedy play after it; the share is -1 where the action is illegal."""
+    step = functools.partial(checkpoint.script.step_flat, checkpoint.env)
+
+    def complete(params, state, observation, packed=0.0):
+        def body(carry):
+            state, observation, packed = carry
+            state, timestep = step(state, greedy(params, observation))
+            return state, timestep.observation, packed + timestep.reward
+
+        init = (state, observation, jnp.float32(packed))
+        end, _, packed = jax.lax.while_loop(lambda carry: carry[1].action_mask.any(), body, init)
+        return packed, (end.items_placed | ~end.items_mask).all()
+
+    def try_out(params, state, observation, action):
+        legal = observation.action_mask.reshape(-1)[action]
+        after, timestep = step(state, action)
+        mask = timestep.observation.action_mask & legal  # What follows an illegal action is not played.
+        packed, solved = complete(params, after, timestep.observation._replace(action_mask=mask), timestep.reward)
+        return jnp.where(legal, packed, -1.0), solved & legal
+
+    return complete, try_out
+
+
+def make_one_ply(checkpoint: Checkpoint, greedy: Callable, ranked: Callable, epsilon: float = 1e-6) -> Policy:
+    """Each of the best actions is completed greedily. The one with the best outcome is taken if that packs more than
+    `epsilon` above the first one's: the single-agent search of SPARTA (Lerer et al. 2020, 'Improving Policies via
+    Search in Cooperative Partially Observable Games')."""
+    _, try_out = make_completion(checkpoint, greedy)
+
+    def act(params, key, state, observation, memory):
+        actions = ranked(params, observation)
+        packed, _ = jax.vmap(try_out, (None, None, None, 0))(params, state, observation, actions)
+        gains = packed.max() > packed[0] + epsilon
+        return actions[jnp.where(gains, packed.argmax(), 0)], None, memory
+
+    return Policy(act)
+
+
+def following(plan: Callable, greedy: Callable) -> Policy:
+    """The first moves of `plan(params, state, observation)` -> (actions, how many of them to play), and greedy ones
+    after these."""
+
+    def act(params, key, state, observation, memory):
+        actions, count, t = memory
+        return jnp.where(t < count, actions[t], greedy(params, observation)), None, (actions, count, t + 1)
+
+    return Policy(act, lambda params, state, observation: (*plan(params, state, observation), 0))
+
+
+def packing_hash(state: State) -> jax.Array:
+    """uint32 [], of which items are placed where, whatever the order of the moves."""
+    place = jnp.stack(list(state.items_location)).astype(jnp.uint32)  # [3, I], millimetres
+    mixed = (place * np.array([[73856093], [19349663], [83492791]], np.uint32)).sum(0) + 1
+    odd = 2 * np.arange(mixed.size, dtype=np.uint32) + 1
+    return jnp.where(state.items_placed, (mixed ^ (mixed >> 15)) * odd * np.uint32(2654435761), 0).sum(dtype=np.uint32)
+
+
+def make_beam(checkpoint: Checkpoint, greedy: Callable, ranked: Callable, width: int) -> Policy:
+    """Beam search guided by completions (Choo et al. 2022, 'Simulation-guided Beam Search for Neural Combinatorial
+    Optimization'). Each state of the beam has a child for each of its best actions, and the `width` children
+    whose greedy completions pack most are the next beam. The best of all completions is played. Orders of moves that
+    lead to the same packing count once, and a completion that places every item ends the search."""
+    step = functools.partial(checkpoint.script.step_flat, checkpoint.env)
+    _, try_out = make_completion(checkpoint, greedy)
+
+    def try_child(params, beam, action):
+        state, observation, packed, _ = beam
+        rest, solved = try_out(params, state, observation, action)
+        return jnp.where(rest < 0, -1.0, packed + rest), solved, packing_hash(step(state, action)[0])
+
+    def extend(params, t, beam):
+        """The next beam, and what its first completion packs: -1 if there is none."""
+        actions = jax.vmap(ranked, (None, 0))(params, beam[1])  # [width, n]
+        try_children = jax.vmap(jax.vmap(try_child, (None, None, 0)), (None, 0, 0))
+        packed, solved, hashes = map(jnp.ravel, try_children(params, beam, actions))
+        before = (packed > packed[:, None]) | ((packed == packed[:, None]) & np.tri(packed.size, k=-1, dtype=bool))
+        has_twin = ((hashes[:, None] == hashes) & before).any(1)  # Which packs as much, or more.
+        packed, chosen = jax.lax.top_k(jnp.where(has_twin, -1.0, packed), width)
+        state, _, total, moves = jax.tree.map(lambda x: x[chosen // actions.shape[1]], beam)
+        action = actions.ravel()[chosen]
+        state, timestep = jax.vmap(step)(state, action)
+        goes_on = (packed >= 0) & ~solved.any()
+        mask = timestep.observation.action_mask & goes_on[:, None, None]
+        observation = timestep.observation._replace(action_mask=mask)
+        return (state, observation, total + timestep.reward, moves.at[:, t].set(action)), packed[0]
+
+    def plan(params, state, observation):
+        def body(carry):
+            t, beam, best, most = carry
+            beam, packed = extend(params, t, beam)
+            best = jax.tree.map(lambda x, y: jnp.where(packed > most, x, y), (beam[-1][0], t + 1), best)
+            return t + 1, beam, best, jnp.maximum(packed, most)
+
+        states, observations = jax.tree.map(lambda x: jnp.broadcast_to(x, (width, *x.shape)), (state, observation))
+        only_first = observations.action_mask & (np.arange(width) == 0)[:, None, None]
+        moves = jnp.zeros((width, checkpoint.sizes.max_decisions), jnp.int32)
+        beam = states, observations._replace(action_mask=only_first), jnp.zeros(width), moves
+        init = jnp.int32(0), beam, (moves[0], jnp.int32(0)), jnp.float32(-1.0)
+        return jax.lax.while_loop(lambda carry: carry[1][1].action_mask.any(), body, init)[2]
+
+    return following(plan, greedy)
+
+
+OF_POLICY_HEAD = re.compile(r"/(policy|pair)_(ems|items|relations|out)$")  # Names of the modules.
+
+
+def make_fine_tuning(checkpoint: Checkpoint, greedy: Callable, config: Config) -> Callable:
+    """Returns look_ahead(params, key, state, observation) -> (moves [H], how many of them to play, whether greedy play
+    after these places every item). `params` are the blueprint's, the network as it was. Before each PPO update and
+    after the last, the tuned network's own greedy moves are tried, beside the rollouts that it learns from. The first
+    such moves are the blueprint's, and one of them is played where no later ones are better."""
+    script, network = checkpoint.script, checkpoint.network
+    step = jax.vmap(functools.partial(script.step_flat, checkpoint.env))
+    complete, _ = make_completion(checkpoint, greedy)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.tuning_rate))
+
+    def at_size(function, observations, *arguments):
+        """function(size, *arguments), with a size of the network that holds the observations: one of two, since each is
+        compiled."""
+        sizes = script.sizes_of_tokens(checkpoint.config, observations)
+        sizes = tuple(dict.fromkeys((sizes[len(sizes) // 2], sizes[-1])))
+        return script.at_smallest_size(function, sizes, observations, *arguments)
+
+    def logits_of(size, params, observations):
+        return network.apply(params, None, observations, size)[0]
+
+    def play(params, states, observations, keys):
+        """`horizon` moves, most probable ones in the first row and drawn ones in the others -> end, rows [H, M]."""
+
+        def move(carry, key):
+            states, observations = carry
+            logits = at_size(logits_of, observations, params, observations)
+            drawn = jax.random.categorical(key, logits).astype(jnp.int32)
+            actions = drawn.at[0].set(script.argmax(logits[0]))
+            after, timestep = step(states, actions)
+            log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), actions[:, None], -1)[:, 0]
+            return (after, timestep.observation), (observations, actions, log_prob, timestep.reward)
+
+        return jax.lax.scan(move, (states, observations), keys)
+
+    def loss(tuned, size, blueprint, rows, advantage):
+        """PPO's clipped surrogate (Schulman et al. 2017, equation 7) over rows of legal moves [B]."""
+        seen, actions, old, _ = rows
+        log_probs = jax.nn.log_softmax(logits_of(size, blueprint | tuned, seen))
+        ratio = jnp.exp(jnp.take_along_axis(log_probs, actions[:, None], -1)[:, 0] - old)
+        gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
+        return -jnp.where(seen.action_mask.any((-1, -2)), gain, 0.0).mean()
+
+    def improve(tuned, opt_state, blueprint, rows, packed):
+        spread = packed[1:].std()
+        advantage = jnp.where(spread > 1e-6, (packed - packed[1:].mean()) / spread, 0.0)  # Less is rounding.
+        advantage = jnp.tile(advantage.at[0].set(0.0), config.horizon)
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+        def gradient_step(_, carry):
+            tuned, opt_state = carry
+            gradient = lambda size, *arguments: jax.grad(loss)(tuned, size, *arguments)
+            grads = at_size(gradient, rows[0], blueprint, rows, advantage)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return optax.apply_updates(tuned, updates), opt_state
+
+        return jax.lax.fori_loop(0, 2, gradient_step, (tuned, opt_state))
+
+    def look_ahead(blueprint, key, state, observation):
+        root = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_rollouts, *x.shape)), (state, observation))
+        tuned = {name: x for name, x in blueprint.items() if config.tuned == "all" or OF_POLICY_HEAD.search(name)}
+
+        def update(carry):
+            number, learned, bar, best = carry
+            keys = jax.random.split(jax.random.fold_in(key, number), config.horizon)
+            ends, rows = play(blueprint | learned[0], *root, keys)
+            rest, solved = jax.vmap(complete, (None, 0, 0))(blueprint, *ends)
+            packed, is_first = rows[-1].sum(0) + rest, number == 0  # The blueprint's.
+            better = is_first | (packed[0] > bar)
+            found = rows[1][:, 0], jnp.where(is_first, 1, config.horizon), solved[0]
+            best = jax.tree.map(functools.partial(jnp.where, better), found, best)
+            bar = jnp.where(better, packed[0] + jnp.where(is_first, config.epsilon, 0.0), bar)
+            learns = (number < config.num_updates) & ~solved[0]
+            learned = jax.lax.cond(learns, improve, lambda *x: x[:2], *learned, blueprint, rows, packed)
+            return number + 1, learned, bar, best
+
+        nothing = jnp.zeros(config.horizon, jnp.int32), jnp.int32(1), jnp.array(False)
+        init = jnp.int32(0), (tuned, optimizer.init(tuned)), jnp.float32(0.0), nothing
+        goes_on = lambda carry: (carry[0] <= config.num_updates) & ~carry[-1][-1]
+        return jax.lax.while_loop(goes_on, update, init)[-1]
+
+    return look_ahead
+
+
+def make_rl_search(checkpoint: Checkpoint, greedy: Callable, config: Config) -> Policy:
+    """Fine-tunes the network for each state that it stands in, by PPO on the moves ahead (Fickinger et al. 2021,
+    'Scalable Online Planning via Reinforcement Learning Fine-Tuning', algorithm 1). Each of `num_updates`, of two
+    gradient steps, has rollouts of `horizon` moves, which the network as it was, the blueprint, completes greedily.
+    Where as many greedy moves of the tuned network, completed in the same way, pack more than `epsilon` above the
+    blueprint, they are played, else one of the blueprint's. `tuned=policy_head` tunes few parameters, as efficient
+    active search does (Hottung et al. 2022), which adds a layer for them. Each instance has parameters of its own, so
+    that on a CPU one is planned after the other."""
+    step = functools.partial(checkpoint.script.step_flat, checkpoint.env)
+    look_ahead = make_fine_tuning(checkpoint, greedy, config)
+
+    def plan(params, state, observation):
+        def body(carry):
+            t, state, observation, actions, _ = carry
+            moves, count, solved = look_ahead(params, jax.random.fold_in(state.key, t), state, observation)
+
+            def move(i, carry):
+                state, timestep = step(carry[0], moves[i])
+                return state, timestep.observation
+
+            state, observation = jax.lax.fori_loop(0, count, move, (state, observation))
+            return t + count, state, observation, jax.lax.dynamic_update_slice(actions, moves, (t,)), solved
+
+        actions = jnp.zeros(checkpoint.sizes.max_decisions + config.horizon, jnp.int32)
+        init = jnp.int32(0), state, observation, actions, jnp.array(False)
+        goes_on = lambda carry: carry[2].action_mask.any() & ~carry[-1]
+        t, _, _, actions, _ = jax.lax.while_loop(goes_on, body, init)
+        return actions, t
+
+    one_by_one = jax.custom_batching.sequential_vmap if jax.default_backend() == "cpu" else lambda function: function
+    return following(one_by_one(plan), greedy)
+
+
+PLANNERS = {  # From the checkpoint, its greedy action, its n best actions, and the configuration.
+    "one_ply": lambda *arguments, config: make_one_ply(*arguments, config.epsilon),
+    "beam": lambda *arguments, config: make_beam(*arguments, config.beam_width),
+    "rl_search": lambda checkpoint, greedy, ranked, config: make_rl_search(checkpoint, greedy, config),
+}
 FLOORS = {"random": make_random_policy, "largest_first": make_largest_first_policy, "lookahead": make_lookahead_policy}
 SEARCH_KEYS = {"leaf_value", "search_width", "max_num_considered_actions", "value_scale", "eval_value_scale",
                "maxvisit_init", "rescale_values"}  # fmt: skip
@@ -1429,8 +1647,10 @@ with warnings.catch_warnings():
     class Config(FrozenModel):
         """Every key of an evaluation."""
 
-        policy: tuple[Literal["greedy", "sample", "search", "best_of_n", *FLOORS], ...] = Field(
-            ("greedy",), description="greedy, sample, search, best_of_n; without a checkpoint: " + ", ".join(FLOORS)
+        policy: tuple[Literal["greedy", "sample", "search", "best_of_n", *PLANNERS, *FLOORS], ...] = Field(
+            ("greedy",),
+            description=f"{', '.join(['greedy, sample, search, best_of_n', *PLANNERS])}; without a checkpoint: "
+            + ", ".join(FLOORS),
         )
         num_simulations: PositiveInt = Field(32, description="simulations a decision (policy=search)")
         leaf_value: Literal["checkpoint", "network", "completion"] = Field(
@@ -1439,7 +1659,20 @@ with warnings.catch_warnings():
         tries: PositiveInt = Field(
             1, description="plays of what the search has not filled, the later ones with noise (policy=search)"
         )
-        n: PositiveInt = Field(32, description="sampled episodes beside the greedy one (policy=best_of_n)")
+        n: PositiveInt = Field(
+            32, description="sampled episodes beside the greedy one (best_of_n); actions of a state (one_ply, beam)"
+        )
+        beam_width: PositiveInt = Field(4, description="states that are kept after each move (policy=beam)")
+        epsilon: float = Field(
+            1e-6, ge=0, description="gain in utilisation above which a plan replaces greedy play (one_ply, rl_search)"
+        )
+        num_updates: PositiveInt = Field(8, description="PPO updates of a fine-tuning (policy=rl_search)")
+        num_rollouts: Annotated[int, Field(ge=3)] = Field(
+            16, description="rollouts of an update, of which one is greedy (policy=rl_search)"
+        )
+        horizon: PositiveInt = Field(4, description="moves of a rollout, and of a plan (policy=rl_search)")
+        tuning_rate: float = Field(3e-3, gt=0, description="step size of Adam in fine-tuning (policy=rl_search)")
+        tuned: Literal["all", "policy_head"] = Field("all", description="parameters that are tuned (policy=rl_search)")
         seed: Seed = Field(1_000_000, description="seed that fixes the instances, by default as in training")
         num_episodes: Annotated[int, Field(ge=2)] = Field(1024, description="number of instances")
         instances: tuple[UserPath, ...] = Field((), description=f"own items instead: files of {HEADER}, in millimetres")
@@ -1491,6 +1724,12 @@ def make_attempts(name: str, checkpoint: Checkpoint, others: list[Checkpoint], c
         attempts = [(small, (params, np.int32(0)))] if config.num_simulations > 4 else []
         attempts += [(large, (params, np.int32(number))) for number in range(config.tries)]
         return [*greedy, *attempts], how.model_dump(mode="json", include=SEARCH_KEYS)
+    if name in PLANNERS:
+        predict = script.make_predict(network, checkpoint.config)
+        best = lambda params, observation: script.argmax(predict(params, observation)[0])
+        count = min(config.n, checkpoint.sizes.obs_num_ems * checkpoint.sizes.max_num_items)
+        ranked = lambda params, observation: jax.lax.top_k(predict(params, observation)[0], count)[1]
+        return [*greedy, (PLANNERS[name](checkpoint, best, ranked, config=config), params)], {}
     sample = make_sample_policy(checkpoint)
     sampled = [(sample, (params, np.int32(number))) for number in range(config.n)]
     return {"greedy": greedy, "sample": sampled[:1], "best_of_n": greedy + sampled}[name], {}
@@ -1971,7 +2210,11 @@ def main(argv: list[str]) -> int:
         else:
             evaluate(argv, paths, parse_command_line(argv, Config, {}, paths)[0])
 
-    return exit_status(command, smaller="num_simulations or n", after_file_error="make room, or give another file")
+    return exit_status(
+        command,
+        smaller="num_simulations, n, beam_width or num_rollouts",
+        after_file_error="make room, or give another file",
+    )
 
 
 if __name__ == "__main__":
