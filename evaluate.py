@@ -1531,8 +1531,7 @@ def make_fine_tuning(checkpoint: Checkpoint, greedy: Callable, config: Config) -
         sizes = tuple(dict.fromkeys((sizes[len(sizes) // 2], sizes[-1])))
         return script.at_smallest_size(function, sizes, observations, *arguments)
 
-    def logits_of(size, params, observations):
-        return network.apply(params, None, observations, size)[0]
+    logits_of = lambda size, params, observations: network.apply(params, None, observations, size)[0]
 
     def play(params, states, observations, keys):
         """`horizon` moves, most probable ones in the first row and drawn ones in the others -> end, rows [H, M]."""

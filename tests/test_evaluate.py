@@ -122,8 +122,8 @@ def test_lookahead_takes_the_best_completed_action_of_the_rules_16_best(played):
     order_of, first_of = jax.jit(evaluate.largest_first_order), jax.jit(evaluate.largest_first)
     step = jax.jit(functools.partial(search_distill.step_flat, checkpoint.env))
     differs = 0
-    for b in range(4):
-        state, observation = jax.tree.map(lambda x: x[b, 3], (states, observations))
+    for b in range(8):
+        state, observation = jax.tree.map(lambda x: x[b, 7], (states, observations))
         order = np.asarray(order_of(observation))
         legal = np.asarray(search_distill.legal_actions(observation))
         assert legal[order[: legal.sum()]].all() and order[0] == first_of(observation)

@@ -154,7 +154,7 @@ def test_fine_tuning_changes_the_parameters_that_it_names(
 def test_planners_play_checkpoints_and_only_add_to_greedy_play(search_run, ppo_run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "instances_at_a_time", lambda: 8)
     small = ("n=4", "beam_width=2", "num_updates=1", "num_rollouts=4", "horizon=2", "num_episodes=8")
-    for run_dir, names in ((search_run, ["one_ply", "beam"]), (ppo_run, ["rl_search"])):
+    for run_dir, names in ((search_run, ["beam"]), (ppo_run, ["rl_search"])):
         early = run_dir / "iter_000001.pkl"
         rows = run(tmp_path, early, f"policy=greedy,{','.join(names)}", *small)["rows"]
         assert [row["policy"] for row in rows] == ["greedy", *names]
