@@ -23,8 +23,8 @@ and on instances that no choice was made on from
         json=tests/results/fresh_instances.json
 
 the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of larger instances from
-tests/studies/exact_solver.py and sizes.py, that of faults from tests/measure_reliability.py, and that of situations
-from tests/measure_situations.py.
+tests/studies/exact_solver.py and sizes.py, those of planners from tests/studies/planners.py, that of faults from
+tests/measure_reliability.py, and that of situations from tests/measure_situations.py.
 """
 
 import json
@@ -34,6 +34,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "sizes"),
+    "README.md": ("results", "sizes", "planners"),
+    "tests/studies/planners.md": ("hard", "blueprints"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
     "tests/benchmarks/README.md": ("speed", "growth"),
@@ -55,6 +57,7 @@ BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
 SIZES = ROOT / "tests" / "studies" / "sizes.json"
 EXACT = ROOT / "tests" / "studies" / "exact_solver.json"
+PLANNERS = ROOT / "tests" / "studies" / "planners.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
 SITUATIONS = ROOT / "tests" / "results" / "situations.json"
 CURVES = ROOT / "tests" / "results" / "curves.png"
@@ -70,6 +73,23 @@ SIZE_LABELS = {
     "ppo": "PPO",
     "search_distill": "search distillation",
 }
+PLANNER_LABELS = {
+    "largest_first": "the rule: largest item into the smallest space",
+    "lookahead": "the rule with look-ahead",
+    "greedy": "network alone",
+    "best_of_n": "best of n samples",
+    "search": "Gumbel MuZero search",
+    "one_ply": "one-ply look-ahead",
+    "beam": "beam search",
+    "rl_search": "fine-tuning where it stands",
+    "cp_sat": "OR-tools' CP-SAT, up to 10 s",
+    "joining": "joining of boxes",
+    "py3dbp": "py3dbp, which turns items",
+}
+BUDGET_KEYS = dict(
+    num_simulations="simulations", num_updates="updates", num_rollouts="rollouts", beam_width="states", n="actions"
+)
+LIMITS = (0.03, 0.1, 0.3, 1.0, 3.0)  # Seconds of a planner for each instance that greedy play fails.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
 PLAY = "python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
@@ -455,8 +475,7 @@ def sizes_table(sizes: dict, exact: dict) -> str:
 
     def cell(row: dict) -> str:
         mean, error = mean_and_error([100 * x for x in row["returns"]])
-        time = f"{row['seconds']:.2g} s" if row["seconds"] >= 0.1 else f"{1000 * row['seconds']:.2g} ms"
-        return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.3g} %, {time}"
+        return f"{mean:.1f} ± {error:.1f} %, {100 * row['filled']:.3g} %, {duration(row['seconds'])}"
 
     rows: dict[str, dict[int, dict]] = {}
     of_methods = means_over_seeds(sizes["rows"]) + exact_rows(exact)
@@ -471,10 +490,102 @@ def sizes_table(sizes: dict, exact: dict) -> str:
     return "\n".join(lines)
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+
+
+def budget(row: dict) -> str:
+    """The keys of a planner that make its budget."""
+    words = {key: value for key, value in row["words"].items() if key != "tuned"}
+    if row["policy"] == "best_of_n":
+        return f"{words['n']} samples"
+    found = [f"{value} {BUDGET_KEYS.get(key, key)}" for key, value in words.items()]
+    return ", ".join(found) + (" of the policy head" if "tuned" in row["words"] else "")
+
+
+def of_policy(planners: dict, **names: Any) -> dict[str, list[dict]]:
+    """The rows with these names by policy, each from the shortest to the longest time."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(planners["rows"], key=lambda row: row["seconds"]):
+        if names.items() <= row.items():
+            found.setdefault(row["policy"], []).append(row)
+    return found
+
+
+def planners_table(planners: dict) -> str:
+    """A line a policy: at each budget the share of containers that it fills, and its time."""
+    sizes = sorted({row["items"] for row in planners["rows"]})
+    found = {items: of_policy(planners, items=items, of="all") for items in sizes}
+    lines = [f"| filled, time of an instance | {' | '.join(f'{items} items' for items in sizes)} |"]
+    lines.append("|---" * (len(sizes) + 1) + "|")
+    for policy, name in PLANNER_LABELS.items():
+        cells = []
+        for items in sizes:
+            rows = found[items].get(policy, [])
+            figures = [f"{100 * statistics.mean(row['solved']):.4g} %, {duration(row['seconds'])}" for row in rows]
+            named = [f"{budget(row)}: {text}" if row["words"] else text for row, text in zip(rows, figures)]
+            cells.append("<br>".join(named) or "not measured")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", fastest_of_the_best(found[20])])
+
+
+def fastest_of_the_best(found: dict[str, list[dict]]) -> str:
+    """Which planner fills the most containers of 20 items, and its rate against the exact solver's."""
+    (exact,) = found["cp_sat"]
+    rows = [row for policy in ("search", "best_of_n", "one_ply", "beam", "rl_search") for row in found[policy]]
+    best = min(rows, key=lambda row: (-sum(row["solved"]), row["seconds"]))
+    return (
+        f"Of all planners, `policy={best['policy']} {' '.join(f'{k}={v}' for k, v in best['words'].items())}` fills the"
+        f" most, {sum(best['solved']):,} of {len(best['solved']):,}, at {1 / best['seconds']:,.0f} instances a second:"
+        f" {exact['seconds'] / best['seconds']:.0f} times as many as CP-SAT, which fills {sum(exact['solved'])} of"
+        f" {len(exact['solved'])} at {1 / exact['seconds']:.2g} a second."
+    )
+
+
+def hard_table(planners: dict) -> str:
+    """Where greedy play fails: each planner at the largest budget that a time allows, and how many it fills more or
+    less than the search."""
+    lines = ["| items | time | planner | time of an instance | filled | difference from the search |", "|---" * 6 + "|"]
+    for items in sorted({row["items"] for row in planners["rows"]}):
+        found = of_policy(planners, items=items, of="hard")
+        for limit in LIMITS:
+            within = {
+                policy: [row for row in rows if row["seconds"] <= limit and "tuned" not in row["words"]]
+                for policy, rows in found.items()
+            }
+            best = {policy: rows[-1] for policy, rows in within.items() if rows}
+            for policy, row in best.items():
+                if row["seconds"] <= LIMITS[max(LIMITS.index(limit) - 1, 0)] and limit != LIMITS[0]:
+                    continue  # Named above.
+                solved = 100 * np.array(row["solved"], float)
+                cells = [str(items), f"up to {duration(limit)}", f"{PLANNER_LABELS[policy]}, {budget(row)}"]
+                cells += [duration(row["seconds"]), f"{solved.mean():.1f} %"]
+                if policy != "search" and "search" in best:
+                    mean, low, high = evaluate.difference(solved, 100 * np.array(best["search"]["solved"], float))
+                    cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+                lines.append(f"| {' | '.join(cells)} |" + (" |" if len(cells) < 6 else ""))
+    return "\n".join(lines)
+
+
+def blueprints_table(planners: dict) -> str:
+    """`rl_search` from networks that had a share of the training."""
+    lines = ["| share of the training | planner | utilisation | filled | time of an instance |", "|---" * 5 + "|"]
+    for of in sorted({row["of"] for row in planners["rows"] if row["of"].startswith("blueprint")}):
+        for rows in of_policy(planners, of=of).values():
+            for row in rows:
+                share = f"{100 * float(of.split()[1]):.0f} %"
+                mean, error = (100 * x for x in mean_and_error(row["returns"]))
+                filled = 100 * statistics.mean(row["solved"])
+                name = ", ".join(filter(None, (PLANNER_LABELS[row["policy"]], budget(row))))
+                figures = f"{mean:.2f} ± {error:.2f} % | {filled:.1f} % | {duration(row['seconds'])}"
+                lines.append(f"| {share} | {name} | {figures} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
-    results, benchmark = read(RESULTS), read(BENCHMARK)
+    results, benchmark, planners = read(RESULTS), read(BENCHMARK), read(PLANNERS)
     return dict(
         results=results_table(results, read(FLOORS), benchmark),
         runs=runs_table(results),
@@ -485,6 +596,9 @@ def tables() -> dict[str, str]:
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
+        planners=planners_table(planners),
+        hard=hard_table(planners),
+        blueprints=blueprints_table(planners),
     )
 
 

@@ -1,0 +1,267 @@
+"""Planners and ordinary packing programs on the same instances: how many containers each fills, and in what time.
+
+    pip install ortools py3dbp               # of this study alone
+    python tests/studies/planners.py         # TIME on 2 cores, alone on the machine; goes on where it was stopped
+    python tests/studies/planners.py draw    # only makes the picture, from the results that there are
+
+A planner plays what the network alone leaves open: of the first evaluation instances, and of others that the network
+fails (`hard`), chosen from instances by which nothing else was chosen. The rivals, which know no network, play the
+first evaluation instances, the slow ones 64 of them. What each knows:
+
+- CP-SAT (tests/studies/exact_solver.py): the whole problem as a model. It may prove that a packing is the best one.
+- Joining: that these instances were made by cuts. Two boxes that are equal on two axes become one, until one box is the
+  container. It packs nothing that was not cut so, and says nothing of the order of loading.
+- py3dbp: first fit at corners of what is packed. It may turn the items, which nothing else here may.
+
+`rl_search` also starts from worse networks: an untrained one, and those of a run of `preset=cpu` after a tenth and
+half of its iterations, if `checkpoints/final` has it (`preset=cpu save_dir=checkpoints/final`).
+
+Results: `tests/studies/planners.json` and `planners.png`; `collect_results.py` makes the README's table.
+"""
+
+import dataclasses
+import functools
+import heapq
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import collect_results  # noqa: E402
+import exact_solver  # noqa: E402
+import study  # noqa: E402
+
+import evaluate  # noqa: E402
+
+PICTURE = Path(__file__).parent / "planners.png"
+CHECKPOINT = ROOT / "checkpoints" / "search_distill_cpu.pkl"
+RUN = ROOT / "checkpoints" / "final" / "BinPack-v2" / "nsim_4" / "seed_0"
+NUM_INSTANCES = {20: 1024, 50: 256}
+NUM_FOR_THE_SLOW = 64
+HARD_SEED, NUM_HARD_FROM = 7, {20: 4096, 50: 256}
+MOST_BOXES = 100_000  # Joining gives up there.
+
+
+class Arm(NamedTuple):
+    """A policy of `evaluate.py` at one budget."""
+
+    policy: str
+    words: dict
+
+    def title(self) -> str:
+        return " ".join([self.policy, *(f"{key}={value}" for key, value in self.words.items())])
+
+
+def arms(items: int) -> list[Arm]:
+    """From short to long: each planner at three budgets or more."""
+    tuned = lambda updates, rollouts, **more: dict(num_updates=updates, num_rollouts=rollouts) | more
+    budgets = dict(
+        largest_first=[{}],
+        lookahead=[{}],
+        greedy=[{}],
+        best_of_n=[dict(n=n) for n in (8, 32, 128)],
+        search=[dict(num_simulations=n) for n in (4, 8, 32)] + [dict(num_simulations=32, tries=n) for n in (8, 32)],
+        one_ply=[dict(n=n) for n in (4, 16, 64)],
+        beam=[dict(beam_width=width, n=n) for width, n in ((1, 4), (2, 4), (4, 8), (8, 16))],
+        rl_search=[tuned(2, 8), tuned(4, 16), tuned(8, 16), tuned(4, 16, tuned="policy_head")],
+    )
+    if items > 20:
+        budgets |= dict(lookahead=[], rl_search=[tuned(1, 8), tuned(2, 8), tuned(4, 16)])
+    return [Arm(policy, words) for policy, of_policy in budgets.items() for words in of_policy]
+
+
+def play(agent: evaluate.Checkpoint, attempts: list, title: str, keys: np.ndarray) -> dict:
+    """Utilisation of each instance, and seconds an instance without compilation."""
+    episodes, speed = evaluate.score(title, agent, attempts, keys)
+    seconds = float(episodes.steps.mean()) / speed
+    returns = np.round(episodes.returns.astype(float), 6).tolist()
+    return dict(seconds=seconds, solved=episodes.solved.tolist(), returns=returns)
+
+
+def measure(agent: evaluate.Checkpoint, arm: Arm, of: str, samples: dict[str, np.ndarray]) -> dict:
+    """What an arm fills of a sample: greedy play and the planner after it, or of `hard` the planner alone."""
+    attempts, _ = evaluate.make_attempts(arm.policy, agent, (), evaluate.Config(**arm.words))
+    return play(agent, attempts[1:] if of == "hard" else attempts, arm.title(), samples[of])
+
+
+def solve_exactly(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
+    """Share of the container that CP-SAT packs in ten seconds, and whether it fills it."""
+    found, _ = exact_solver.solve(lengths, container, 10)
+    share = max((share for _, share in found), default=0.0)
+    return share, share > 1 - 1e-6
+
+
+def join(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
+    """Joins boxes that are equal on two axes, the largest first, until one is as large as the container or nothing new
+    comes -> share of the container that the largest box which fits fills, and whether it fills it."""
+    volume = lambda size: size[0] * size[1] * size[2]
+    whole, most, seen, boxes = int(container.prod()), 0, set(), [{}, {}, {}]
+    waiting = [(-volume(size), size, 1 << i) for i, size in enumerate(tuple(map(int, item)) for item in lengths)]
+    heapq.heapify(waiting)
+    while waiting and most < whole and len(seen) < MOST_BOXES:
+        _, size, items = heapq.heappop(waiting)
+        if (size, items) in seen:
+            continue
+        seen.add((size, items))
+        most = max(most, volume(size))
+        for axis in range(3):
+            same = boxes[axis].setdefault((*size[:axis], *size[axis + 1 :]), [])
+            for length, others in same:
+                if not items & others and length + size[axis] <= container[axis]:
+                    joined = (*size[:axis], length + size[axis], *size[axis + 1 :])
+                    heapq.heappush(waiting, (-volume(joined), joined, items | others))
+            same.append((size[axis], items))
+    return most / whole, most == whole
+
+
+def first_fit(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
+    """py3dbp's packer, larger items first -> share of the container, and whether all items are in."""
+    import py3dbp
+
+    packer = py3dbp.Packer()
+    packer.add_bin(py3dbp.Bin("container", *map(int, container), 1))
+    for i, item in enumerate(lengths):
+        packer.add_item(py3dbp.Item(str(i), *map(int, item), 0))
+    packer.pack(bigger_first=True, number_of_decimals=0)
+    (box,) = packer.bins
+    packed = sum(float(item.width * item.height * item.depth) for item in box.items)
+    return packed / float(container.prod()), len(box.items) == len(lengths)
+
+
+RIVALS = {"cp_sat": solve_exactly, "joining": join, "py3dbp": first_fit}
+
+
+def race(name: str, items: int) -> dict:
+    """What a rival packs of each instance, and seconds an instance on both cores: CP-SAT uses them, and of the others
+    two play at a time."""
+    lengths, container = exact_solver.instances(items, NUM_FOR_THE_SLOW if name == "cp_sat" else NUM_INSTANCES[items])
+    tasks = [(some, container) for some in lengths]
+    start = time.perf_counter()
+    if name == "cp_sat":
+        found = [RIVALS[name](*task) for task in tasks]
+    else:
+        context = multiprocessing.get_context("spawn")
+        ready = context.Barrier(3)
+        with context.Pool(2, ready.wait) as pool:  # Both have imported this file when the time begins.
+            ready.wait()
+            start = time.perf_counter()
+            found = pool.starmap(RIVALS[name], tasks, chunksize=4)
+    seconds = (time.perf_counter() - start) / len(tasks)
+    returns, solved = zip(*found)
+    return dict(seconds=seconds, solved=list(solved), returns=[round(share, 6) for share in returns])
+
+
+def blueprints(agent: evaluate.Checkpoint) -> dict[str, evaluate.Checkpoint]:
+    """Networks for `rl_search` to start from, by the share of the preset's training that they had."""
+    config = agent.config
+    fresh = agent.script.init_train_state(agent.env, agent.network, config).params
+    found = {"0": dataclasses.replace(agent, params=jax.device_get(fresh))}
+    for share in (0.1, 0.5, 1.0):
+        path = RUN / f"iter_{round(share * config.max_num_iters):06d}.pkl"
+        if path.exists():
+            found[f"{share:g}"] = evaluate.load_checkpoint(path)
+        else:
+            print(f"{path} is not there: left out")
+    return found
+
+
+def keep_programs(script: Any) -> None:
+    """A policy that plays twice is compiled once."""
+    script.make_greedy_policy = functools.cache(script.make_greedy_policy)
+    script.make_rollout = functools.cache(script.make_rollout)
+    evaluate.make_player = functools.cache(evaluate.make_player)
+    evaluate.make_attempts = functools.cache(evaluate.make_attempts)
+
+
+def jobs() -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """What is measured: the names of a row, and how its figures are made."""
+    for items, number in NUM_INSTANCES.items():
+        agent = evaluate.load_checkpoint(CHECKPOINT, max_num_items=items, max_num_ems=max(40, 8 * items // 5))
+        some = evaluate.evaluation_keys(HARD_SEED, NUM_HARD_FROM[items])
+        greedy = play(agent, evaluate.make_attempts("greedy", agent, (), evaluate.Config())[0], "greedy", some)
+        keys = evaluate.evaluation_keys(evaluate.Config().seed, number)
+        hard = some[~np.array(greedy["solved"])]
+        for arm in arms(items):
+            is_slow = arm.policy == "rl_search" and items > 20
+            samples = dict(all=keys[:NUM_FOR_THE_SLOW] if is_slow else keys)
+            if arm.policy in ("best_of_n", "search", *evaluate.PLANNERS) and not is_slow:
+                samples["hard"] = hard
+            for of in samples:
+                names = dict(items=items, policy=arm.policy, words=arm.words, of=of)
+                yield names, functools.partial(measure, agent, arm, of, samples)
+        jax.clear_caches()
+    for share, blueprint in blueprints(evaluate.load_checkpoint(CHECKPOINT)).items():
+        number = NUM_INSTANCES[20] if share != "0" else NUM_FOR_THE_SLOW
+        of, keys = f"blueprint {share}", evaluate.evaluation_keys(evaluate.Config().seed, number)
+        for arm in [Arm("greedy", {})] + [arm for arm in arms(20) if arm.words.get("num_updates") == 4]:
+            names = dict(items=20, policy=arm.policy, words=arm.words, of=of)
+            yield names, functools.partial(measure, blueprint, arm, of, {of: keys})
+    for items in NUM_INSTANCES:
+        for name in RIVALS:
+            names = dict(items=items, policy=name, words={}, of="all")
+            yield names, functools.partial(race, name, items)
+
+
+def draw(results: dict) -> None:
+    """Share of containers filled against milliseconds an instance, a line for each policy over its budgets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    colors = {name: f"C{i}" if i < 10 else "black" for i, name in enumerate(collect_results.PLANNER_LABELS)}
+    for axes, items in zip(figure.subplots(1, 2, sharey=True), NUM_INSTANCES):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in results["rows"]:
+            if row["items"] == items and row["of"] == "all" and "tuned" not in row["words"]:
+                point = (1000 * row["seconds"], float(np.mean(row["solved"])))
+                lines.setdefault(row["policy"], []).append(point)
+        for name, points in lines.items():
+            label = collect_results.PLANNER_LABELS[name]
+            axes.plot(*zip(*sorted(points)), marker="o", ms=4, color=colors[name], label=label)
+        axes.set(xscale="log", xlabel="milliseconds an instance", title=f"{items} items")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("containers filled")
+    figure.axes[0].yaxis.set_major_formatter("{x:.0%}")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["draw"]):
+        print(f"error: expected nothing or draw, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    evaluate.start_jax(1024)
+    evaluate.use_compilation_cache(evaluate.CACHE_DIR)
+    keep_programs(evaluate.import_script("search_distill"))
+    path = collect_results.PLANNERS
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(rows=[])
+    names_of = lambda row: {key: row[key] for key in ("items", "policy", "words", "of")}
+    done = [names_of(row) for row in results["rows"]]
+    for names, make in jobs() if not argv else ():
+        if names in done:
+            continue
+        row = names | make()
+        results["rows"].append(row | dict(commit=study.made_with()["commit"]))
+        results |= dict(command="python tests/studies/planners.py", cores=os.cpu_count())
+        rivals = {name: metadata.version(name) for name in ("ortools", "py3dbp")}
+        results |= dict(versions=evaluate.library_versions() | rivals)
+        path.write_text(json.dumps(results) + "\n")
+        filled = (
+            f"filled {np.mean(row['solved']):.2%} of {len(row['solved'])}, utilisation {np.mean(row['returns']):.4%}"
+        )
+        print(f"{names}: {filled}, {1000 * row['seconds']:.3g} ms", flush=True)
+    draw(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
