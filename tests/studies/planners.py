@@ -4,9 +4,10 @@
     python tests/studies/planners.py         # TIME on 2 cores, alone on the machine; goes on where it was stopped
     python tests/studies/planners.py draw    # only makes the picture, from the results that there are
 
-A planner plays what the network alone leaves open: of the first evaluation instances, and of others that the network
-fails (`hard`), chosen from instances by which nothing else was chosen. The rivals, which know no network, play the
-first evaluation instances, the slow ones 64 of them. What each knows:
+A planner plays what the network alone leaves open of the first evaluation instances. To compare the planners, `hard`
+has nothing but instances that the network fails: at 20 items of 4,096 others, which no choice was made from, and at 50
+items of the same. The rivals, which know no network, play the first evaluation instances, the slow ones 64 of them.
+What each knows:
 
 - CP-SAT (tests/studies/exact_solver.py): the whole problem as a model. It may prove that a packing is the best one.
 - Joining: that these instances were made by cuts. Two boxes that are equal on two axes become one, until one box is the
@@ -14,7 +15,8 @@ first evaluation instances, the slow ones 64 of them. What each knows:
 - py3dbp: first fit at corners of what is packed. It may turn the items, which nothing else here may.
 
 `rl_search` also starts from worse networks: an untrained one, and those of a run of `preset=cpu` after a tenth and
-half of its iterations, if `checkpoints/final` has it (`preset=cpu save_dir=checkpoints/final`).
+half of its iterations, if `checkpoints/final` has it (`preset=cpu save_dir=checkpoints/final`). There the moves that
+it tries are counted, to be compared with training on.
 
 Results: `tests/studies/planners.json` and `planners.png`; `collect_results.py` makes the README's table.
 """
@@ -48,7 +50,8 @@ CHECKPOINT = ROOT / "checkpoints" / "search_distill_cpu.pkl"
 RUN = ROOT / "checkpoints" / "final" / "BinPack-v2" / "nsim_4" / "seed_0"
 NUM_INSTANCES = {20: 1024, 50: 256}
 NUM_FOR_THE_SLOW = 64
-HARD_SEED, NUM_HARD_FROM = 7, {20: 4096, 50: 256}
+HARD_SEED, NUM_HARD_FROM = 7, 4096
+SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)  # Of the preset's training.
 MOST_BOXES = 100_000  # Joining gives up there.
 
 
@@ -76,7 +79,8 @@ def arms(items: int) -> list[Arm]:
         rl_search=[tuned(2, 8), tuned(4, 16), tuned(8, 16), tuned(4, 16, tuned="policy_head")],
     )
     if items > 20:
-        budgets |= dict(lookahead=[], rl_search=[tuned(1, 8), tuned(2, 8), tuned(4, 16)])
+        budgets |= dict(lookahead=[], rl_search=[tuned(1, 4), tuned(1, 8), tuned(2, 8)])
+        budgets |= dict(one_ply=[dict(n=n) for n in (2, 4, 8)], search=budgets["search"][:-1])
     return [Arm(policy, words) for policy, of_policy in budgets.items() for words in of_policy]
 
 
@@ -92,6 +96,46 @@ def measure(agent: evaluate.Checkpoint, arm: Arm, of: str, samples: dict[str, np
     """What an arm fills of a sample: greedy play and the planner after it, or of `hard` the planner alone."""
     attempts, _ = evaluate.make_attempts(arm.policy, agent, (), evaluate.Config(**arm.words))
     return play(agent, attempts[1:] if of == "hard" else attempts, arm.title(), samples[of])
+
+
+def after_greedy(rows: list[dict], names: dict) -> dict:
+    """Greedy play and then the planner, where `hard` are those of these instances that greedy play fails."""
+    greedy, hard = (
+        next(row for row in rows if names | changed == names_of(row))
+        for changed in (dict(policy="greedy", words={}), dict(of="hard"))
+    )
+    planned = iter(zip(hard["solved"], hard["returns"]))
+    better = lambda *found: max(found, key=lambda pair: pair[1])
+    both = [
+        (True, x) if solved else better((solved, x), next(planned))
+        for solved, x in zip(greedy["solved"], greedy["returns"])
+    ]
+    seconds = greedy["seconds"] + hard["seconds"] * len(hard["solved"]) / len(both)
+    return dict(seconds=seconds, solved=[solved for solved, _ in both], returns=[x for _, x in both])
+
+
+def measure_and_count(agent: evaluate.Checkpoint, arm: Arm, keys: np.ndarray) -> dict:
+    """The same with the moves that `rl_search` tries: those of its rollouts and, with every item that is left then, of
+    their completions."""
+    make_completion, tried = evaluate.make_completion, []
+
+    def make_counted(*arguments):
+        complete, try_out = make_completion(*arguments)
+
+        def counted(params, state, observation):
+            left = (state.items_mask & ~state.items_placed).sum()
+            jax.debug.callback(lambda left: tried.append(int(left)), left)
+            return complete(params, state, observation)
+
+        return counted, try_out
+
+    evaluate.make_completion = make_counted
+    try:
+        row = measure(agent, arm, "all", dict(all=keys))
+    finally:
+        evaluate.make_completion = make_completion
+    jax.effects_barrier()
+    return row | dict(tried=sum(tried) + evaluate.Config(**arm.words).horizon * len(tried))
 
 
 def solve_exactly(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
@@ -166,7 +210,7 @@ def blueprints(agent: evaluate.Checkpoint) -> dict[str, evaluate.Checkpoint]:
     config = agent.config
     fresh = agent.script.init_train_state(agent.env, agent.network, config).params
     found = {"0": dataclasses.replace(agent, params=jax.device_get(fresh))}
-    for share in (0.1, 0.5, 1.0):
+    for share in SHARES:
         path = RUN / f"iter_{round(share * config.max_num_iters):06d}.pkl"
         if path.exists():
             found[f"{share:g}"] = evaluate.load_checkpoint(path)
@@ -183,29 +227,35 @@ def keep_programs(script: Any) -> None:
     evaluate.make_attempts = functools.cache(evaluate.make_attempts)
 
 
-def jobs() -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """What is measured: the names of a row, and how its figures are made."""
+def names_of(row: dict) -> dict:
+    return {key: row[key] for key in ("items", "policy", "words", "of")}
+
+
+def jobs(rows: list[dict]) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """What is measured: the names of a row, and how its figures are made. `rows` are those that there are by then."""
     for items, number in NUM_INSTANCES.items():
         agent = evaluate.load_checkpoint(CHECKPOINT, max_num_items=items, max_num_ems=max(40, 8 * items // 5))
-        some = evaluate.evaluation_keys(HARD_SEED, NUM_HARD_FROM[items])
-        greedy = play(agent, evaluate.make_attempts("greedy", agent, (), evaluate.Config())[0], "greedy", some)
         keys = evaluate.evaluation_keys(evaluate.Config().seed, number)
-        hard = some[~np.array(greedy["solved"])]
+        some = evaluate.evaluation_keys(HARD_SEED, NUM_HARD_FROM) if items == 20 else keys
+        greedy = play(agent, evaluate.make_attempts("greedy", agent, (), evaluate.Config())[0], "greedy", some)
+        samples = dict(hard=some[~np.array(greedy["solved"])], all=keys)
         for arm in arms(items):
-            is_slow = arm.policy == "rl_search" and items > 20
-            samples = dict(all=keys[:NUM_FOR_THE_SLOW] if is_slow else keys)
-            if arm.policy in ("best_of_n", "search", *evaluate.PLANNERS) and not is_slow:
-                samples["hard"] = hard
-            for of in samples:
-                names = dict(items=items, policy=arm.policy, words=arm.words, of=of)
-                yield names, functools.partial(measure, agent, arm, of, samples)
+            names = dict(items=items, policy=arm.policy, words=arm.words)
+            if arm.policy in ("best_of_n", "search", *evaluate.PLANNERS):
+                yield names | dict(of="hard"), functools.partial(measure, agent, arm, "hard", samples)
+                if some is keys:
+                    names |= dict(of="all")
+                    yield names, functools.partial(after_greedy, rows, names)
+                    continue
+            yield names | dict(of="all"), functools.partial(measure, agent, arm, "all", samples)
         jax.clear_caches()
     for share, blueprint in blueprints(evaluate.load_checkpoint(CHECKPOINT)).items():
         number = NUM_INSTANCES[20] if share != "0" else NUM_FOR_THE_SLOW
-        of, keys = f"blueprint {share}", evaluate.evaluation_keys(evaluate.Config().seed, number)
-        for arm in [Arm("greedy", {})] + [arm for arm in arms(20) if arm.words.get("num_updates") == 4]:
-            names = dict(items=20, policy=arm.policy, words=arm.words, of=of)
-            yield names, functools.partial(measure, blueprint, arm, of, {of: keys})
+        keys = evaluate.evaluation_keys(evaluate.Config().seed, number)
+        tuned = [arm for arm in arms(20) if arm.words.get("num_updates") == 4 and share not in ("0.2", "0.3")]
+        for arm in [Arm("greedy", {}), *tuned]:
+            names = dict(items=20, policy=arm.policy, words=arm.words, of=f"blueprint {share}")
+            yield names, functools.partial(measure_and_count, blueprint, arm, keys)
     for items in NUM_INSTANCES:
         for name in RIVALS:
             names = dict(items=items, policy=name, words={}, of="all")
@@ -244,10 +294,8 @@ def main(argv: list[str]) -> int:
     keep_programs(evaluate.import_script("search_distill"))
     path = collect_results.PLANNERS
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(rows=[])
-    names_of = lambda row: {key: row[key] for key in ("items", "policy", "words", "of")}
-    done = [names_of(row) for row in results["rows"]]
-    for names, make in jobs() if not argv else ():
-        if names in done:
+    for names, make in jobs(results["rows"]) if not argv else ():
+        if names in map(names_of, results["rows"]):
             continue
         row = names | make()
         results["rows"].append(row | dict(commit=study.made_with()["commit"]))
@@ -255,9 +303,7 @@ def main(argv: list[str]) -> int:
         rivals = {name: metadata.version(name) for name in ("ortools", "py3dbp")}
         results |= dict(versions=evaluate.library_versions() | rivals)
         path.write_text(json.dumps(results) + "\n")
-        filled = (
-            f"filled {np.mean(row['solved']):.2%} of {len(row['solved'])}, utilisation {np.mean(row['returns']):.4%}"
-        )
+        filled = f"filled {np.mean(row['solved']):.2%}, utilisation {np.mean(row['returns']):.4%}"
         print(f"{names}: {filled}, {1000 * row['seconds']:.3g} ms", flush=True)
     draw(results)
     return 0
