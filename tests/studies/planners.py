@@ -219,12 +219,21 @@ def blueprints(agent: evaluate.Checkpoint) -> dict[str, evaluate.Checkpoint]:
     return found
 
 
-def keep_programs(script: Any) -> None:
-    """A policy that plays twice is compiled once."""
-    script.make_greedy_policy = functools.cache(script.make_greedy_policy)
-    script.make_rollout = functools.cache(script.make_rollout)
-    evaluate.make_player = functools.cache(evaluate.make_player)
-    evaluate.make_attempts = functools.cache(evaluate.make_attempts)
+def keep_programs(script: Any) -> Callable[[], None]:
+    """A policy that plays twice is compiled once, until the function that this returns is called: a process has room
+    for some programs only."""
+    places = (script, "make_greedy_policy"), (script, "make_rollout"), (evaluate, "make_player")
+    kept = []
+    for module, name in (*places, (evaluate, "make_attempts")):
+        kept.append(functools.cache(getattr(module, name)))
+        setattr(module, name, kept[-1])
+
+    def forget():
+        for function in kept:
+            function.cache_clear()
+        jax.clear_caches()
+
+    return forget
 
 
 def names_of(row: dict) -> dict:
@@ -248,7 +257,6 @@ def jobs(rows: list[dict]) -> Iterator[tuple[dict, Callable[[], dict]]]:
                     yield names, functools.partial(after_greedy, rows, names)
                     continue
             yield names | dict(of="all"), functools.partial(measure, agent, arm, "all", samples)
-        jax.clear_caches()
     for share, blueprint in blueprints(evaluate.load_checkpoint(CHECKPOINT)).items():
         number = NUM_INSTANCES[20] if share != "0" else NUM_FOR_THE_SLOW
         keys = evaluate.evaluation_keys(evaluate.Config().seed, number)
@@ -291,12 +299,15 @@ def main(argv: list[str]) -> int:
         return 2
     evaluate.start_jax(1024)
     evaluate.use_compilation_cache(evaluate.CACHE_DIR)
-    keep_programs(evaluate.import_script("search_distill"))
+    forget, policy = keep_programs(evaluate.import_script("search_distill")), ""
     path = collect_results.PLANNERS
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(rows=[])
     for names, make in jobs(results["rows"]) if not argv else ():
         if names in map(names_of, results["rows"]):
             continue
+        if names["policy"] != policy:
+            forget()
+            policy = names["policy"]
         row = names | make()
         results["rows"].append(row | dict(commit=study.made_with()["commit"]))
         results |= dict(command="python tests/studies/planners.py", cores=os.cpu_count())
