@@ -652,10 +652,12 @@ def start_jax(*batch_sizes: int) -> None:
 def use_cpu_cores(batch_sizes: tuple, flags: str) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = [n for n in range(1, cores + 1) if not any(size % n or size < 16 * n for size in batch_sizes)]
-    # XLA ends a process whose devices wait for one another for more than a minute; ours may, over a long iteration.
-    patience = "--xla_cpu_collective_call_terminate_timeout_seconds"
-    if patience not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {patience}=86400".strip()
+    # Of devices that wait for one another XLA warns after 20 seconds, and ends the process later. Ours may: an iteration
+    # or a plan can be long.
+    for event in ("warn_stuck", "terminate"):
+        patience = f"--xla_cpu_collective_call_{event}_timeout_seconds"
+        flags += f" {patience}=86400" if patience not in flags else ""
+    os.environ["XLA_FLAGS"] = flags.strip()
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(fitting, default=1))
 

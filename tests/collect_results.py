@@ -87,7 +87,12 @@ PLANNER_LABELS = {
     "py3dbp": "py3dbp, which turns items",
 }
 BUDGET_KEYS = dict(
-    num_simulations="simulations", num_updates="updates", num_rollouts="rollouts", beam_width="states", n="actions"
+    num_simulations="simulations",
+    num_updates="updates",
+    num_rollouts="rollouts",
+    beam_width="states",
+    n="actions",
+    tries="tries",
 )
 LIMITS = (0.03, 0.1, 0.3, 1.0, 3.0)  # Seconds of a planner for each instance that greedy play fails.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
@@ -496,11 +501,10 @@ def duration(seconds: float) -> str:
 
 def budget(row: dict) -> str:
     """The keys of a planner that make its budget."""
+    names = BUDGET_KEYS | (dict(n="samples") if row["policy"] == "best_of_n" else {})
     words = {key: value for key, value in row["words"].items() if key != "tuned"}
-    if row["policy"] == "best_of_n":
-        return f"{words['n']} samples"
-    found = [f"{value} {BUDGET_KEYS.get(key, key)}" for key, value in words.items()]
-    return ", ".join(found) + (" of the policy head" if "tuned" in row["words"] else "")
+    found = [f"{value} {names[key][: -1 if value == 1 else None]}" for key, value in words.items()]
+    return ", ".join(found + ["the policy head alone"] * ("tuned" in row["words"]))
 
 
 def of_policy(planners: dict, **names: Any) -> dict[str, list[dict]]:
@@ -522,7 +526,7 @@ def planners_table(planners: dict) -> str:
         cells = []
         for items in sizes:
             rows = found[items].get(policy, [])
-            figures = [f"{100 * statistics.mean(row['solved']):.4g} %, {duration(row['seconds'])}" for row in rows]
+            figures = [f"{100 * statistics.mean(row['solved']):.1f} %, {duration(row['seconds'])}" for row in rows]
             named = [f"{budget(row)}: {text}" if row["words"] else text for row, text in zip(rows, figures)]
             cells.append("<br>".join(named) or "not measured")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -568,17 +572,17 @@ def hard_table(planners: dict) -> str:
 
 
 def blueprints_table(planners: dict) -> str:
-    """`rl_search` from networks that had a share of the training."""
-    lines = ["| share of the training | planner | utilisation | filled | time of an instance |", "|---" * 5 + "|"]
+    """Networks that had a share of the training: alone, and with `rl_search` and the moves that it tries."""
+    lines = ["| share of the training | plays | utilisation | filled | moves tried in all |", "|---" * 5 + "|"]
     for of in sorted({row["of"] for row in planners["rows"] if row["of"].startswith("blueprint")}):
         for rows in of_policy(planners, of=of).values():
             for row in rows:
                 share = f"{100 * float(of.split()[1]):.0f} %"
                 mean, error = (100 * x for x in mean_and_error(row["returns"]))
-                filled = 100 * statistics.mean(row["solved"])
                 name = ", ".join(filter(None, (PLANNER_LABELS[row["policy"]], budget(row))))
-                figures = f"{mean:.2f} ± {error:.2f} % | {filled:.1f} % | {duration(row['seconds'])}"
-                lines.append(f"| {share} | {name} | {figures} |")
+                figures = f"{mean:.2f} ± {error:.2f} % | {100 * statistics.mean(row['solved']):.1f} %"
+                tried = f"{row['tried']:,}" if row["words"] else ""
+                lines.append(f"| {share} | {name} | {figures} | {tried} |")
     return "\n".join(lines)
 
 

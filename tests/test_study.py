@@ -15,6 +15,7 @@ import train_search_distill_binpack as script
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
 import exact_solver
+import planners
 import sizes
 import study
 
@@ -48,6 +49,38 @@ def test_the_exact_solver_gets_the_instances_that_are_played():
     first = rollout((), evaluate.evaluation_keys(evaluate.Config().seed, 3)).observation.items
     shares = np.stack(first, -1)[:, 0, :19]
     np.testing.assert_allclose(shares, np.stack(lengths) / container, rtol=1e-6)
+
+
+def test_joining_fills_what_was_cut_and_nothing_else():
+    """Three boxes of a cut; one of them too long; and a ring of four around a fifth, which no cut makes."""
+    join = lambda boxes, container: planners.join(np.array(boxes), np.array(container))
+    cut = [(4, 5, 3), (4, 5, 7), (6, 5, 10)]
+    assert join(cut, (10, 5, 10)) == (1.0, True)
+    assert join([*cut[:2], (7, 5, 10)], (10, 5, 10)) == (0.7, False)
+    ring = [(1, 2, 1), (2, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 1)]
+    assert join(ring, (3, 3, 1)) == (6 / 9, False)
+
+
+def test_a_planner_after_greedy_play_keeps_the_better_of_both():
+    names = dict(items=50, policy="beam", words=dict(n=2), of="all")
+    greedy = names | dict(policy="greedy", words={}, seconds=1.0, solved=[True, False, False], returns=[1.0, 0.5, 0.75])
+    hard = names | dict(of="hard", seconds=3.0, solved=[True, False], returns=[1.0, 0.7])
+    found = planners.after_greedy([hard, greedy], names)
+    assert found == dict(seconds=3.0, solved=[True, True, False], returns=[1.0, 1.0, 0.75])
+
+
+def test_every_planner_was_measured_and_none_is_below_greedy_play():
+    """On each instance, at both sizes, with three budgets or more."""
+    results = json.loads(planners.collect_results.PLANNERS.read_text())
+    for items, number in planners.NUM_INSTANCES.items():
+        found = planners.collect_results.of_policy(results, items=items, of="all")
+        (greedy,) = found["greedy"]
+        for policy in ("best_of_n", "search", *evaluate.PLANNERS):
+            assert len(found[policy]) >= 3
+            for row in found[policy]:
+                assert len(row["returns"]) == number and (np.array(row["returns"]) >= greedy["returns"]).all()
+        assert {name for name in found if name in planners.RIVALS} == set(planners.RIVALS)
+    assert all(len(row["commit"]) == 40 for row in results["rows"])
 
 
 def test_the_networks_of_20_items_were_measured_at_20_and_at_50():

@@ -53,6 +53,7 @@ NUM_FOR_THE_SLOW = 64
 HARD_SEED, NUM_HARD_FROM = 7, 4096
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)  # Of the preset's training.
 MOST_BOXES = 100_000  # Joining gives up there.
+NONE_LEFT = 3e-4  # Where the picture has what is filled altogether.
 
 
 class Arm(NamedTuple):
@@ -271,8 +272,10 @@ def jobs(rows: list[dict]) -> Iterator[tuple[dict, Callable[[], dict]]]:
 
 
 def draw(results: dict) -> None:
-    """Share of containers filled against milliseconds an instance, a line for each policy over its budgets."""
+    """Share of containers filled against milliseconds an instance, a line for each policy over its budgets. What is left
+    unfilled is on a logarithmic scale, so that the planners can be told apart."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     colors = {name: f"C{i}" if i < 10 else "black" for i, name in enumerate(collect_results.PLANNER_LABELS)}
@@ -280,15 +283,18 @@ def draw(results: dict) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in results["rows"]:
             if row["items"] == items and row["of"] == "all" and "tuned" not in row["words"]:
-                point = (1000 * row["seconds"], float(np.mean(row["solved"])))
+                point = (1000 * row["seconds"], max(1 - float(np.mean(row["solved"])), NONE_LEFT))
                 lines.setdefault(row["policy"], []).append(point)
         for name, points in lines.items():
             label = collect_results.PLANNER_LABELS[name]
             axes.plot(*zip(*sorted(points)), marker="o", ms=4, color=colors[name], label=label)
         axes.set(xscale="log", xlabel="milliseconds an instance", title=f"{items} items")
+        axes.set(yscale="log", ylim=(1.5, NONE_LEFT / 1.5))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("containers filled")
-    figure.axes[0].yaxis.set_major_formatter("{x:.0%}")
+    ticks = {1.0: "0 %", 0.1: "90 %", 0.01: "99 %", 0.001: "99.9 %", NONE_LEFT: "all"}
+    figure.axes[0].set_yticks(list(ticks), list(ticks.values()))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(PICTURE, dpi=110)
 
