@@ -652,8 +652,8 @@ def start_jax(*batch_sizes: int) -> None:
 def use_cpu_cores(batch_sizes: tuple, flags: str) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = [n for n in range(1, cores + 1) if not any(size % n or size < 16 * n for size in batch_sizes)]
-    # Of devices that wait for one another XLA warns after 20 seconds, and ends the process later. Ours may: an iteration
-    # or a plan can be long.
+    # XLA warns of devices that wait for one another for 20 seconds, and ends the process later. Ours may, over a long
+    # iteration or plan.
     for event in ("warn_stuck", "terminate"):
         patience = f"--xla_cpu_collective_call_{event}_timeout_seconds"
         flags += f" {patience}=86400" if patience not in flags else ""

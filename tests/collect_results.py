@@ -94,7 +94,7 @@ BUDGET_KEYS = dict(
     n="actions",
     tries="tries",
 )
-LIMITS = (0.03, 0.1, 0.3, 1.0, 3.0)  # Seconds of a planner for each instance that greedy play fails.
+LIMITS = (0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0)  # Seconds of a planner for each instance that greedy play fails.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
 CURVE = ("decisions", "hours", "utilisation")
 PLAY = "python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
@@ -530,44 +530,46 @@ def planners_table(planners: dict) -> str:
             named = [f"{budget(row)}: {text}" if row["words"] else text for row, text in zip(rows, figures)]
             cells.append("<br>".join(named) or "not measured")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", fastest_of_the_best(found[20])])
+    return "\n".join([*lines, "", *(f"- At {items} items {fastest_of_the_best(found[items])}" for items in sizes)])
 
 
 def fastest_of_the_best(found: dict[str, list[dict]]) -> str:
-    """Which planner fills the most containers of 20 items, and its rate against the exact solver's."""
+    """Which planner fills the most containers, and its rate against the exact solver's."""
     (exact,) = found["cp_sat"]
     rows = [row for policy in ("search", "best_of_n", "one_ply", "beam", "rl_search") for row in found[policy]]
     best = min(rows, key=lambda row: (-sum(row["solved"]), row["seconds"]))
+    words = " ".join([f"policy={best['policy']}", *(f"{key}={value}" for key, value in best["words"].items())])
+    filled, of_exact = ("{:,} of {:,}".format(sum(row["solved"]), len(row["solved"])) for row in (best, exact))
     return (
-        f"Of all planners, `policy={best['policy']} {' '.join(f'{k}={v}' for k, v in best['words'].items())}` fills the"
-        f" most, {sum(best['solved']):,} of {len(best['solved']):,}, at {1 / best['seconds']:,.0f} instances a second:"
-        f" {exact['seconds'] / best['seconds']:.0f} times as many as CP-SAT, which fills {sum(exact['solved'])} of"
-        f" {len(exact['solved'])} at {1 / exact['seconds']:.2g} a second."
+        f"`{words}` is the fastest of the planners that fill the most, {filled}: {1 / best['seconds']:.3g} instances a"
+        f" second, {exact['seconds'] / best['seconds']:.0f} times as many as CP-SAT, which fills {of_exact}."
     )
 
 
 def hard_table(planners: dict) -> str:
     """Where greedy play fails: each planner at the largest budget that a time allows, and how many it fills more or
-    less than the search."""
-    lines = ["| items | time | planner | time of an instance | filled | difference from the search |", "|---" * 6 + "|"]
+    less than the search. What a shorter time has already is left out."""
+    heads = ("items", "time", "planner", "time of an instance", "filled", "difference", "from the search with")
+    lines, seen = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], []
     for items in sorted({row["items"] for row in planners["rows"]}):
         found = of_policy(planners, items=items, of="hard")
         for limit in LIMITS:
-            within = {
-                policy: [row for row in rows if row["seconds"] <= limit and "tuned" not in row["words"]]
-                for policy, rows in found.items()
-            }
-            best = {policy: rows[-1] for policy, rows in within.items() if rows}
-            for policy, row in best.items():
-                if row["seconds"] <= LIMITS[max(LIMITS.index(limit) - 1, 0)] and limit != LIMITS[0]:
-                    continue  # Named above.
+            within = {policy: [row for row in rows if row["seconds"] <= limit] for policy, rows in found.items()}
+            best = {policy: [row for row in rows if "tuned" not in row["words"]] for policy, rows in within.items()}
+            search = best["search"][-1] if best["search"] else None
+            for policy, rows in best.items():
+                if not rows or (rows[-1], search) in seen:
+                    continue
+                row = rows[-1]
+                seen.append((row, search))
                 solved = 100 * np.array(row["solved"], float)
-                cells = [str(items), f"up to {duration(limit)}", f"{PLANNER_LABELS[policy]}, {budget(row)}"]
-                cells += [duration(row["seconds"]), f"{solved.mean():.1f} %"]
-                if policy != "search" and "search" in best:
-                    mean, low, high = evaluate.difference(solved, 100 * np.array(best["search"]["solved"], float))
-                    cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-                lines.append(f"| {' | '.join(cells)} |" + (" |" if len(cells) < 6 else ""))
+                cells = [f"{items}", f"up to {duration(limit)}", f"{PLANNER_LABELS[policy]}, {budget(row)}"]
+                cells += [duration(row["seconds"]), f"{solved.mean():.1f} %", "", ""]
+                if search not in (None, row):
+                    mean, low, high = evaluate.difference(solved, 100 * np.array(search["solved"], float))
+                    cells[-2] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+                    cells[-1] = f"{budget(search)}, {duration(search['seconds'])}"
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
 """Planners and ordinary packing programs on the same instances: how many containers each fills, and in what time.
 
     pip install ortools py3dbp               # of this study alone
-    python tests/studies/planners.py         # TIME on 2 cores, alone on the machine; goes on where it was stopped
+    python tests/studies/planners.py         # 75 minutes on 2 cores, alone; goes on where it was stopped
     python tests/studies/planners.py draw    # only makes the picture, from the results that there are
 
 A planner plays what the network alone leaves open of the first evaluation instances. To compare the planners, `hard`
-has nothing but instances that the network fails: at 20 items of 4,096 others, which no choice was made from, and at 50
-items of the same. The rivals, which know no network, play the first evaluation instances, the slow ones 64 of them.
+has nothing but instances that the network fails: at 20 items of 4,096 others, that no choice was based on, and at 50
+items of the same 256. The rivals, which know no network, play the first evaluation instances, the slow ones 64 of them.
 What each knows:
 
 - CP-SAT (tests/studies/exact_solver.py): the whole problem as a model. It may prove that a packing is the best one.
@@ -24,6 +24,7 @@ Results: `tests/studies/planners.json` and `planners.png`; `collect_results.py` 
 import dataclasses
 import functools
 import heapq
+import importlib
 import json
 import multiprocessing
 import os
@@ -74,7 +75,7 @@ def arms(items: int) -> list[Arm]:
         lookahead=[{}],
         greedy=[{}],
         best_of_n=[dict(n=n) for n in (8, 32, 128)],
-        search=[dict(num_simulations=n) for n in (4, 8, 32)] + [dict(num_simulations=32, tries=n) for n in (8, 32)],
+        search=[dict(num_simulations=n) for n in (4, 8, 32)] + [dict(num_simulations=32, tries=8)],
         one_ply=[dict(n=n) for n in (4, 16, 64)],
         beam=[dict(beam_width=width, n=n) for width, n in ((1, 4), (2, 4), (4, 8), (8, 16))],
         rl_search=[tuned(2, 8), tuned(4, 16), tuned(8, 16), tuned(4, 16, tuned="policy_head")],
@@ -105,7 +106,8 @@ def after_greedy(rows: list[dict], names: dict) -> dict:
         next(row for row in rows if names | changed == names_of(row))
         for changed in (dict(policy="greedy", words={}), dict(of="hard"))
     )
-    planned = iter(zip(hard["solved"], hard["returns"]))
+    planned = iter(zip(hard["solved"], hard["returns"], strict=True))
+    assert len(hard["solved"]) == greedy["solved"].count(False)
     better = lambda *found: max(found, key=lambda pair: pair[1])
     both = [
         (True, x) if solved else better((solved, x), next(planned))
@@ -186,19 +188,30 @@ def first_fit(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
 RIVALS = {"cp_sat": solve_exactly, "joining": join, "py3dbp": first_fit}
 
 
+def import_solver(name: str) -> None:
+    for module in {"cp_sat": ["ortools.sat.python.cp_model"], "py3dbp": ["py3dbp"]}.get(name, []):
+        importlib.import_module(module)
+
+
+def get_ready(name: str, ready: Any) -> None:
+    import_solver(name)
+    ready.wait(60)
+
+
 def race(name: str, items: int) -> dict:
     """What a rival packs of each instance, and seconds an instance on both cores: CP-SAT uses them, and of the others
     two play at a time."""
     lengths, container = exact_solver.instances(items, NUM_FOR_THE_SLOW if name == "cp_sat" else NUM_INSTANCES[items])
     tasks = [(some, container) for some in lengths]
-    start = time.perf_counter()
     if name == "cp_sat":
+        import_solver(name)
+        start = time.perf_counter()
         found = [RIVALS[name](*task) for task in tasks]
     else:
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(3)
-        with context.Pool(2, ready.wait) as pool:  # Both have imported this file when the time begins.
-            ready.wait()
+        with context.Pool(2, get_ready, (name, ready)) as pool:  # Nothing is left to import when the time begins.
+            ready.wait(60)
             start = time.perf_counter()
             found = pool.starmap(RIVALS[name], tasks, chunksize=4)
     seconds = (time.perf_counter() - start) / len(tasks)
@@ -272,8 +285,8 @@ def jobs(rows: list[dict]) -> Iterator[tuple[dict, Callable[[], dict]]]:
 
 
 def draw(results: dict) -> None:
-    """Share of containers filled against milliseconds an instance, a line for each policy over its budgets. What is left
-    unfilled is on a logarithmic scale, so that the planners can be told apart."""
+    """Share of containers filled against milliseconds an instance, a line for each policy. The share that is left
+    unfilled is on a logarithmic scale, since many leave little."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -306,6 +319,7 @@ def main(argv: list[str]) -> int:
     evaluate.start_jax(1024)
     evaluate.use_compilation_cache(evaluate.CACHE_DIR)
     forget, policy = keep_programs(evaluate.import_script("search_distill")), ""
+    rivals = {name: metadata.version(name) for name in ("ortools", "py3dbp")}
     path = collect_results.PLANNERS
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(rows=[])
     for names, make in jobs(results["rows"]) if not argv else ():
@@ -316,8 +330,9 @@ def main(argv: list[str]) -> int:
             policy = names["policy"]
         row = names | make()
         results["rows"].append(row | dict(commit=study.made_with()["commit"]))
-        results |= dict(command="python tests/studies/planners.py", cores=os.cpu_count())
-        rivals = {name: metadata.version(name) for name in ("ortools", "py3dbp")}
+        results |= dict(
+            command="python tests/studies/planners.py", device=f"{os.cpu_count()} cores of {study.cpu_model()}"
+        )
         results |= dict(versions=evaluate.library_versions() | rivals)
         path.write_text(json.dumps(results) + "\n")
         filled = f"filled {np.mean(row['solved']):.2%}, utilisation {np.mean(row['returns']):.4%}"
