@@ -124,15 +124,6 @@ def test_fine_tuning_finds_better_moves_and_is_kept_only_where_it_does(best, ret
     assert (returns > greedy + 1e-6)[room].mean() > 0.5
 
 
-def test_fine_tuning_of_many_states_at_once_finds_as_much(returns_of, monkeypatch):
-    """As on an accelerator. On a CPU they are planned one after the other."""
-    words = dict(num_updates=2, num_rollouts=16, horizon=2, tuning_rate=0.03)
-    returns, _ = returns_of("rl_search", **words)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    at_once, _ = returns_of.__wrapped__("rl_search", **words)
-    assert at_once == pytest.approx(returns, abs=1e-6) and (returns > returns_of("greedy")[0] + 1e-6).any()
-
-
 @pytest.mark.parametrize("tuned", ["all", "policy_head"])
 def test_fine_tuning_changes_the_parameters_that_it_names(
     tuned, checkpoint, network, params, endgames, best, returns_of, monkeypatch
