@@ -554,13 +554,12 @@ def hard_table(planners: dict) -> str:
     for items in sorted({row["items"] for row in planners["rows"]}):
         found = of_policy(planners, items=items, of="hard")
         for limit in LIMITS:
-            within = {policy: [row for row in rows if row["seconds"] <= limit] for policy, rows in found.items()}
-            best = {policy: [row for row in rows if "tuned" not in row["words"]] for policy, rows in within.items()}
-            search = best["search"][-1] if best["search"] else None
-            for policy, rows in best.items():
-                if not rows or (rows[-1], search) in seen:
+            fits = lambda row, limit=limit: row["seconds"] <= limit and "tuned" not in row["words"]
+            longest = {policy: row for policy, rows in found.items() for row in rows if fits(row)}
+            search = longest.get("search")
+            for policy, row in longest.items():
+                if (row, search) in seen:
                     continue
-                row = rows[-1]
                 seen.append((row, search))
                 solved = 100 * np.array(row["solved"], float)
                 cells = [f"{items}", f"up to {duration(limit)}", f"{PLANNER_LABELS[policy]}, {budget(row)}"]

@@ -186,15 +186,11 @@ def first_fit(lengths: np.ndarray, container: np.ndarray) -> tuple[float, bool]:
 
 
 RIVALS = {"cp_sat": solve_exactly, "joining": join, "py3dbp": first_fit}
-
-
-def import_solver(name: str) -> None:
-    for module in {"cp_sat": ["ortools.sat.python.cp_model"], "py3dbp": ["py3dbp"]}.get(name, []):
-        importlib.import_module(module)
+MODULES = {"cp_sat": "ortools.sat.python.cp_model", "joining": "heapq", "py3dbp": "py3dbp"}
 
 
 def get_ready(name: str, ready: Any) -> None:
-    import_solver(name)
+    importlib.import_module(MODULES[name])
     ready.wait(60)
 
 
@@ -204,7 +200,7 @@ def race(name: str, items: int) -> dict:
     lengths, container = exact_solver.instances(items, NUM_FOR_THE_SLOW if name == "cp_sat" else NUM_INSTANCES[items])
     tasks = [(some, container) for some in lengths]
     if name == "cp_sat":
-        import_solver(name)
+        importlib.import_module(MODULES[name])
         start = time.perf_counter()
         found = [RIVALS[name](*task) for task in tasks]
     else:
