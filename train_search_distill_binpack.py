@@ -29,7 +29,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -266,6 +266,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
+CHUNK = 8  # Blocks that are compared with the items at a time.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 
@@ -279,8 +280,10 @@ class Tokens(NamedTuple):
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
     block: jax.Array  # [..., 3, N], lengths of the blocks
-    in_block: jax.Array  # bool [..., I, N], the item is one of a block whose items are all still to be placed
-    beside_block: jax.Array  # bool [..., I, N], all items of the block are still to be placed, and this is another one
+    possible: jax.Array  # bool [..., N], all items of the block are still to be placed
+    uses: jax.Array  # int16 [..., I', N], how many items of each kind a block uses; I' are all of the observation
+    kind: jax.Array  # int32 [..., I], of the items
+    waiting: jax.Array  # int32 [..., I], how many of the item's kind are still to be placed
 
 
 class PackingNetwork(hk.Module):
@@ -330,11 +333,10 @@ def gather_tokens(observation: Observation, size: tuple[int, int]) -> Tokens:
     open_volume = (item.prod(-1) * legal.any(-2)).sum(-1)
     is_of_kind = kind[..., None, :] == jnp.arange(kind.shape[-1])[:, None]
     is_waiting = (observation.items_mask & ~observation.items_placed)[..., None, :]
-    waiting = (is_of_kind & is_waiting).sum(-1, keepdims=True)  # [..., I, 1], items of each kind
-    possible = (uses <= waiting).all(-2, keepdims=True) & (length > 0).any(-2, keepdims=True)
-    kind = take(kind, slots[1], -1)[..., None]
-    uses, waiting = take(uses, kind, -2), take(waiting, kind, -2)  # [..., I, N], [..., I, 1]
-    return Tokens(legal, lower, upper, item, open_volume, length, (uses > 0) & possible, (uses < waiting) & possible)
+    waiting = (is_of_kind & is_waiting).sum(-1)  # [..., I'], items of each kind
+    possible = (uses <= waiting[..., None]).all(-2) & (length > 0).any(-2)
+    kind = take(kind, slots[1], -1)
+    return Tokens(legal, lower, upper, item, open_volume, length, possible, uses, kind, take(waiting, kind, -1))
 
 
 def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -366,8 +368,7 @@ def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax
     num_fits = fits.sum(0)
     share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
     lengths = jnp.where(waiting, item, jnp.inf)
-    refill = [_equal_length(slack - lengths[..., k, None, None]) for k in range(item.shape[-1])]
-    refill = functools.reduce(jnp.logical_or, refill)  # One pass over the pairs, where a reduction would make I.
+    refill = _any(_equal_length(slack - lengths[..., k, None, None]) for k in range(item.shape[-1]))
     features = [*slack, *fits, num_fits == 2, num_fits == 3, jnp.minimum(share, 2.0), *refill]
     return jnp.moveaxis(jnp.stack([x.astype(jnp.float32) for x in features], -3), -3, -1)
 
@@ -377,20 +378,41 @@ def end_relations(tokens: Tokens) -> jax.Array:
     axis, whether the item ends where another space begins, and whether a block of other items fills what it leaves of
     the space; whether a block that the item is part of fits into the space, and exactly so along two axes, or three."""
     lower, upper, item = (jnp.moveaxis(x, -1, 0) for x in (tokens.lower, tokens.upper, tokens.item))  # [3, ..., n]
-    begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
     end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
-    flush = _equal_length(end[..., None, :, :] - begins[..., :, None, None]).any(-3)
-    block = jnp.moveaxis(tokens.block, -2, 0)
-    slack = (upper - lower)[..., :, None] - block[..., None, :]  # [3, ..., E, N]
-    is_inside, fits = (slack > -ev.EQUAL).all(0), _equal_length(slack)
-    x, y, z = jnp.swapaxes(fits, -1, -2)
-    two_fit, rest = jnp.stack([y & z, x & z, x & y]), upper[..., :, None] - end  # [3, ..., N, E], [3, ..., E, I]
-    fills = _equal_length(rest[..., None, :, :] - block[..., :, None, None]) & two_fit[..., None]  # [3, ..., N, E, I]
-    fills = (fills & jnp.swapaxes(tokens.beside_block, -1, -2)[..., :, None, :]).any(-3)
-    of_blocks = jnp.stack([is_inside & (fits.sum(0) >= least) for least in (2, 3)], -3).astype(jnp.float32)
-    of_items = jnp.einsum("...ken,...in->...eik", of_blocks, tokens.in_block.astype(jnp.float32)) > 0.5
-    by_axis = jnp.moveaxis(jnp.concatenate([flush, fills]), 0, -1)
-    return jnp.concatenate([by_axis, of_items], -1).astype(jnp.float32)
+    begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
+    flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
+
+    def axes_that_fit(block: jax.Array) -> jax.Array:
+        """Axes along which a space has the length of a block [3, ..., M] that goes in, bool [3, ..., E, M]."""
+        slack = (upper - lower)[..., :, None] - block[..., None, :]
+        return _equal_length(slack) & (slack > -ev.EQUAL).all(0)
+
+    # Few blocks fit a space along two axes. These alone are compared with the items, a chunk at a time.
+    fits_somewhere = (axes_that_fit(jnp.moveaxis(tokens.block, -2, 0)).sum(0) >= 2).any(-2) & tokens.possible
+    rank = jnp.cumsum(fits_somewhere, -1)
+
+    def look_at_chunk(carry):
+        start, fills, of_items = carry
+        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2)[..., None, :]  # [..., 1, M]; N: there is none.
+        take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
+        block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., M], [..., I', M]
+        uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
+        fits = axes_that_fit(block)
+        x, y, z = fits
+        two_fit = jnp.stack([y & z, x & z, x & y])  # [3, ..., E, M]
+        of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])  # [2, ..., E, M]
+        is_beside, is_in = (uses < tokens.waiting[..., None]) & (number < rank.shape[-1]), uses > 0
+        small = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
+        for m in range(CHUNK):
+            block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in small)
+            is_rest = _equal_length(upper[..., :, None] - end - block[..., None, None])
+            fills |= is_rest & two_fit[..., None] & is_beside[..., None, :]
+            of_items |= of_blocks[..., None] & is_in[..., None, :]
+        return start + CHUNK, fills, of_items
+
+    init = 0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2])
+    _, *of_blocks = jax.lax.while_loop(lambda carry: carry[0] < rank[..., -1].max(), look_at_chunk, init)
+    return jnp.moveaxis(jnp.concatenate([flush, *of_blocks]), 0, -1).astype(jnp.float32)
 
 
 def space_space_relations(lower, upper) -> jax.Array:
@@ -412,6 +434,11 @@ def item_item_relations(item) -> jax.Array:
 def _equal_length(difference: jax.Array) -> jax.Array:
     """Whether two normalised lengths are the same."""
     return jnp.abs(difference) < ev.EQUAL
+
+
+def _any(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Where any is true: one pass over the pairs, where XLA's reduction on a CPU makes one for each array."""
+    return functools.reduce(jnp.logical_or, arrays)
 
 
 def transformer_layer(

@@ -4,7 +4,7 @@ r"""How the time and the memory of a searched decision grow with the number of i
     python tests/benchmarks/growth.py before=../before out=tests/benchmarks/growth.json     # half an hour on 2 cores
     python tests/benchmarks/growth.py items=[20,50] num_simulations=[4] episodes=[64] devices=[2]
 
-Half of each episode is played greedily by the shipped network, which was trained on 20 items. Then the whole batch is
+Half of each episode is played greedily by the network that the checkout ships, trained on 20 items. Then the whole batch is
 searched, up to four times within 20 seconds: a decision half-way takes about as long as the mean of its episode. One
 key is varied at a time around the first of its values. Each arm is a process of its own, and the two checkouts take
 turns.
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-CHECKPOINT = ROOT / "checkpoints" / "search_distill_cpu.pkl"
 ARM = ("items", "devices", "num_simulations", "episodes")
 
 
@@ -38,7 +37,7 @@ def measure(checkout: str, items: int, devices: int, num_simulations: int, episo
     evaluate.use_compilation_cache(evaluate.CACHE_DIR)
     jax.config.update("jax_num_cpu_devices", devices)
     sizes = dict(max_num_items=items, max_num_ems=max(40, 8 * items // 5))
-    agent = evaluate.load_checkpoint(CHECKPOINT, **sizes)
+    agent = evaluate.load_checkpoint(Path(checkout) / "checkpoints" / "search_distill_cpu.pkl", **sizes)
     greedy = script.make_greedy_policy(agent.network, agent.config)
     search = script.make_search_policy(agent.env, agent.network, agent.config, num_simulations, gumbel_scale=1.0)
 
