@@ -210,7 +210,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
-CHUNK = 8  # Blocks that are compared with the items at a time.
+CHUNK = 8  # So many blocks are compared with the items at a time.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 

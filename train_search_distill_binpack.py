@@ -200,11 +200,11 @@ PRESETS = {  # As one would type them.
     "cpu": "max_num_iters=100 rollout_batch_size=64 num_simulations=4 max_num_considered_actions=4"
     " training_batch_size=256 learning_rate=4e-3 learning_rate_decay_iters=100 num_transformer_layers=1"
     " transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64] eval_interval=10 save_interval=10",
-    # Give init_from a network of 20 items: from scratch, 30 iterations at a rate of 4e-3 reach no more than sorting.
-    "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=12 rollout_batch_size=64 num_simulations=4"
-    " max_num_considered_actions=4 training_batch_size=256 learning_rate=1e-3 learning_rate_decay_iters=12"
+    # Meant for init_from with a network of 20 items.
+    "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=20 rollout_batch_size=64 num_simulations=4"
+    " max_num_considered_actions=4 training_batch_size=256 learning_rate=1e-3 learning_rate_decay_iters=20"
     " num_transformer_layers=1 transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64]"
-    " eval_interval=3 eval_batch_size=256 eval_num_simulations=4 save_interval=3",
+    " eval_interval=4 eval_batch_size=256 eval_num_simulations=4 save_interval=4",
 }
 
 
@@ -266,7 +266,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
-CHUNK = 8  # Blocks that are compared with the items at a time.
+CHUNK = 8  # So many blocks are compared with the items at a time.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 

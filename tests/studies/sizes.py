@@ -13,7 +13,6 @@ left out; the runs, with SEED 0 and 1, are those of
     python train_search_distill_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/50 \\
         max_num_iters=30 learning_rate=4e-3 learning_rate_decay_iters=30
     python train_ppo_binpack.py preset=cpu seed=SEED save_dir=checkpoints/sizes/20
-    python train_ppo_binpack.py preset=cpu_50 seed=SEED save_dir=checkpoints/sizes/50
 
 Results: `tests/studies/sizes.json` and `sizes.png`; `collect_results.py` makes the README's table.
 """
@@ -57,7 +56,7 @@ class Player(NamedTuple):
 
 PLAYERS = (
     Player("largest_first", "", 0, "largest_first"),
-    *(Player("ppo", trained, seed, "greedy") for trained in ("20", "50") for seed in (0, 1)),
+    *(Player("ppo", "20", seed, "greedy") for seed in (0, 1)),
     *(
         Player("search_distill", trained, seed, "search" if number else "greedy", number)
         for trained in ("20", "20_50", "50")
@@ -70,7 +69,7 @@ PLAYERS = (
 def num_instances(player: Player, items: int) -> int:
     """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
     if items == 100 and player.num_simulations:
-        return {4: 64, 32: 32}[player.num_simulations] if player[1:3] == ("20", 0) else 0
+        return {4: 64, 32: 32}[player.num_simulations] if player.trained == "20" else 0
     if player.trained == "50" and player.num_simulations:
         return 0  # Most of 256 are not filled, and long searches of all of them take half an hour.
     return 256 if items == 50 or player.trained in ("", "20") else 0
