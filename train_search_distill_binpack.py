@@ -393,7 +393,9 @@ def end_relations(tokens: Tokens) -> jax.Array:
 
     def look_at_chunk(carry):
         start, fills, of_items = carry
-        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2)[..., None, :]  # [..., 1, M]; N: there is none.
+        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2)[
+            ..., None, :
+        ]  # [..., 1, M]; N, a block of length 0, fills up.
         take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
         block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., M], [..., I', M]
         uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
@@ -401,7 +403,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
         x, y, z = fits
         two_fit = jnp.stack([y & z, x & z, x & y])  # [3, ..., E, M]
         of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])  # [2, ..., E, M]
-        is_beside, is_in = (uses < tokens.waiting[..., None]) & (number < rank.shape[-1]), uses > 0
+        is_beside, is_in = uses < tokens.waiting[..., None], uses > 0
         small = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
         for m in range(CHUNK):
             block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in small)
