@@ -156,14 +156,18 @@ def by_device(results: dict) -> dict[str, dict[str, list[dict]]]:
 
 
 def ship(folder: Path, group: dict, results: dict) -> None:
-    """Puts the checkpoint of the folder's best run, without the optimizer's state, where users find it, unless another
-    machine has a better one."""
+    """Ships the folder's best run, unless another machine has a better one."""
     best = max(group["runs"], key=utilisation)
     if utilisation(best) < max(map(utilisation, of_method(results, group["method"]))):
         return
-    contents = evaluate.read_checkpoint(evaluate.load_checkpoint(folder / f"seed_{best['seed']}").path)
-    name = f"{contents['method']}_cpu.pkl"
-    evaluate.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": []})
+    ship_run(folder / f"seed_{best['seed']}", f"{group['method']}_cpu.pkl")
+
+
+def ship_run(folder: Path, name: str) -> None:
+    """Puts the newest checkpoint of a run, without the optimizer's state and its folder, where users find it."""
+    contents = evaluate.read_checkpoint(evaluate.load_checkpoint(folder).path)
+    config = contents["config"] | {"save_dir": "checkpoints"}
+    evaluate.write_checkpoint(CHECKPOINTS / name, contents | {"opt_state": [], "config": config})
 
 
 def at(run: dict, hours: float) -> float:

@@ -120,3 +120,11 @@ def test_a_run_starts_from_the_weights_of_another(module, search_run, ppo_words,
     )
     assert module.main([*small("seed=7"), f"init_from={tmp_path}"]) == 2
     assert "expected a run's folder" in capsys.readouterr().err
+
+
+def test_the_network_of_50_items_is_shipped():
+    agent = evaluate.load_checkpoint(ROOT / "checkpoints" / "search_distill_cpu_50.pkl")
+    words = script.PRESETS["cpu_50"].split()
+    assert all(f"{key}={getattr(agent.config, key)}" in words for key in ("max_num_items", "max_num_ems"))
+    assert agent.iteration == agent.config.max_num_iters == 20
+    assert agent.config.init_from == f"checkpoints/{SHIPPED.name}"
