@@ -73,6 +73,7 @@ SIZE_LABELS = {
     "ppo": "PPO",
     "search_distill": "search distillation",
 }
+TRAINED = {"20_50": ", trained on at 50", "50": ", trained at 50 from scratch"}
 PLANNER_LABELS = {
     "largest_first": "the rule: largest item into the smallest space",
     "lookahead": "the rule with look-ahead",
@@ -476,8 +477,9 @@ def sizes_table(sizes: dict, exact: dict) -> str:
 
     def label(row: dict) -> str:
         number = row.get("num_simulations")
-        trained = {"20_50": ", trained on at 50", "50": ", trained at 50 from scratch"}.get(row.get("trained"), "")
-        kind = trained + (f", with {number}-simulation search on top" if number else ", network alone")
+        kind = TRAINED.get(row.get("trained"), "") + (
+            f", with {number}-simulation search on top" if number else ", network alone"
+        )
         kind += f", up to {row['tries']} times" if row.get("tries", 1) > 1 else ""
         limit = f", up to {row.get('limit')} s"
         return SIZE_LABELS[row["name"]] + (kind if row["name"] in METHODS else limit if "limit" in row else "")

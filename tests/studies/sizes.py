@@ -99,19 +99,21 @@ def draw(results: dict, exact: dict) -> None:
     exact solver over its limits. What packs less than two thirds is off the picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure, colors = Figure(figsize=(11, 3.8), layout="constrained"), {}
     for axes, items in zip(figure.subplots(1, len(ITEMS), sharex=True, sharey=True), ITEMS):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in collect_results.means_over_seeds(results["rows"]) + collect_results.exact_rows(exact):
-            if row["items"] == items and row.get("trained", "20") in ("20", ""):
-                lines.setdefault(row["name"], []).append((row["seconds"], row["utilisation"]))
+            name = collect_results.SIZE_LABELS[row["name"]] + collect_results.TRAINED.get(row.get("trained"), "")
+            if row["items"] == items:
+                lines.setdefault(name, []).append((row["seconds"], row["utilisation"]))
         for name, points in lines.items():
-            axes.plot(*zip(*sorted(points)), marker="o", label=collect_results.SIZE_LABELS[name])
+            color = colors.setdefault(name, f"C{len(colors)}")
+            axes.plot(*zip(*sorted(points)), marker="o", label=name, color=color)
         axes.set(xscale="log", ylim=(0.68, 1.01), xlabel="seconds an instance", title=f"{items} items")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("utilisation")
     figure.axes[0].yaxis.set_major_formatter("{x:.0%}")
-    figure.axes[0].legend(fontsize=8, loc="lower right")
+    figure.axes[1].legend(fontsize=8, loc="lower right")  # Here all lines are.
     figure.savefig(PICTURE, dpi=110)
 
 
