@@ -210,7 +210,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
-CHUNK = 8  # So many blocks are compared with the items at a time.
+CHUNK = 8  # So many blocks are compared with the items at a time: measured on a CPU.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 
@@ -224,9 +224,9 @@ class Tokens(NamedTuple):
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
     block: jax.Array  # [..., 3, N], lengths of the blocks
-    possible: jax.Array  # bool [..., N], all items of the block are still to be placed
-    uses: jax.Array  # int16 [..., I', N], how many items of each kind a block uses; I' are all of the observation
-    kind: jax.Array  # int32 [..., I], of the items
+    possible: jax.Array  # bool [..., N], there is such a block, and all its items are still to be placed
+    uses: jax.Array  # int16 [..., I', N], how many items of each kind a block uses; as many kinds as slots of items
+    kind: jax.Array  # int32 [..., I], of the items; 0 fills up
     waiting: jax.Array  # int32 [..., I], how many of the item's kind are still to be placed
 
 
@@ -323,6 +323,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
     the space; whether a block that the item is part of fits into the space, and exactly so along two axes, or three."""
     lower, upper, item = (jnp.moveaxis(x, -1, 0) for x in (tokens.lower, tokens.upper, tokens.item))  # [3, ..., n]
     end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
+    rest = upper[..., :, None] - end
     begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
     flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
 
@@ -337,9 +338,8 @@ def end_relations(tokens: Tokens) -> jax.Array:
 
     def look_at_chunk(carry):
         start, fills, of_items = carry
-        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2)[
-            ..., None, :
-        ]  # [..., 1, M]; N, a block of length 0, fills up.
+        order = start + jnp.arange(CHUNK)
+        number = (rank[..., None] <= order).sum(-2, keepdims=True)  # [..., 1, M]; N, read as a block of length 0: none.
         take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
         block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., M], [..., I', M]
         uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
@@ -348,17 +348,17 @@ def end_relations(tokens: Tokens) -> jax.Array:
         two_fit = jnp.stack([y & z, x & z, x & y])  # [3, ..., E, M]
         of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])  # [2, ..., E, M]
         is_beside, is_in = uses < tokens.waiting[..., None], uses > 0
-        small = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
+        # Computed once: fused into what follows, they would be made anew for every pair.
+        of_chunk = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
         for m in range(CHUNK):
-            block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in small)
-            is_rest = _equal_length(upper[..., :, None] - end - block[..., None, None])
-            fills |= is_rest & two_fit[..., None] & is_beside[..., None, :]
+            block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in of_chunk)
+            fills |= _equal_length(rest - block[..., None, None]) & two_fit[..., None] & is_beside[..., None, :]
             of_items |= of_blocks[..., None] & is_in[..., None, :]
         return start + CHUNK, fills, of_items
 
-    init = 0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2])
-    _, *of_blocks = jax.lax.while_loop(lambda carry: carry[0] < rank[..., -1].max(), look_at_chunk, init)
-    return jnp.moveaxis(jnp.concatenate([flush, *of_blocks]), 0, -1).astype(jnp.float32)
+    most, init = rank[..., -1].max(initial=0), (0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2]))
+    _, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
+    return jnp.moveaxis(jnp.concatenate([flush, fills, of_items]), 0, -1).astype(jnp.float32)
 
 
 def space_space_relations(lower, upper) -> jax.Array:

@@ -477,9 +477,8 @@ def sizes_table(sizes: dict, exact: dict) -> str:
 
     def label(row: dict) -> str:
         number = row.get("num_simulations")
-        kind = TRAINED.get(row.get("trained"), "") + (
-            f", with {number}-simulation search on top" if number else ", network alone"
-        )
+        kind = f", with {number}-simulation search on top" if number else ", network alone"
+        kind = TRAINED.get(row.get("trained"), "") + kind
         kind += f", up to {row['tries']} times" if row.get("tries", 1) > 1 else ""
         limit = f", up to {row.get('limit')} s"
         return SIZE_LABELS[row["name"]] + (kind if row["name"] in METHODS else limit if "limit" in row else "")

@@ -158,24 +158,24 @@ def test_no_block_is_left_out_however_many_fit(observations):
     lower, upper = (np.stack([getattr(ems, f"{axis}{end}") for axis in "xyz"], 1) for end in (1, 2))
     space = (upper - lower)[:, :, None, :, None]  # [B, 3, 1, E, 1]
     item = np.stack(list(rows.items), 1)[:, :, None, None]  # [B, 3, 1, 1, I]
-    of_kind = np.eye(20, dtype=int)[rows.blocks.kind] * (rows.items_mask & ~rows.items_placed)[..., None]
+    of_kind = np.eye(legal.shape[-1], dtype=int)[rows.blocks.kind] * (rows.items_mask & ~rows.items_placed)[..., None]
     waiting = of_kind.sum(1)[..., None]  # [B, I, 1], of each kind
     possible = (rows.blocks.uses <= waiting).all(1) & (rows.blocks.length > 0).any(1)
     row = np.arange(len(legal))[:, None]
     of_items = (x[row, rows.blocks.kind] for x in (rows.blocks.uses, waiting))
     uses, waiting = (np.swapaxes(x, 1, 2)[:, :, None] for x in of_items)  # [B, N or 1, 1, I]
     slack = space - block
-    possible = possible[:, :, None, None] & (slack > -evaluate.EQUAL).all(1)  # [B, N, E, 1]
+    inside = possible[:, :, None, None] & (slack > -evaluate.EQUAL).all(1)  # [B, N, E, 1]
     same = np.abs(slack) < evaluate.EQUAL
     others = np.stack([same[:, [1, 2]].all(1), same[:, [0, 2]].all(1), same[:, [0, 1]].all(1)], 1)
-    fills = others & (np.abs(space - item - block) < evaluate.EQUAL) & (possible & (uses < waiting))[:, None]
-    of_items = [possible & (same.sum(1) >= least) & (uses > 0) for least in (2, 3)]
+    fills = others & (np.abs(space - item - block) < evaluate.EQUAL) & (inside & (uses < waiting))[:, None]
+    of_items = [inside & (same.sum(1) >= least) & (uses > 0) for least in (2, 3)]
     expected = np.concatenate([fills.any(2), np.stack([x.any(1) for x in of_items], 1)], 1)  # [B, 5, E, I]
     tokens = script.gather_tokens(rows, legal.shape[1:])
     spaces, items = (np.maximum(np.cumsum(legal.any(axis), -1) - 1, 0) for axis in (2, 1))
     found = np.asarray(script.end_relations(tokens))[row[..., None], spaces[:, :, None], items[:, None]]
     np.testing.assert_array_equal(np.moveaxis(found[..., 3:], -1, 1) * legal[:, None], expected * legal[:, None])
-    number = ((same.sum(1) >= 2) & possible & legal.any(2)[:, None, :, None]).any((2, 3)).sum(1)
+    number = ((same.sum(1) >= 2) & inside & legal.any(2)[:, None, :, None]).any((2, 3)).sum(1)
     assert number.min() == 0 and number.max() > 3 * script.CHUNK
 
 

@@ -193,7 +193,7 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
         (search_run, "full/BinPack-v2/nsim_32"), (ppo_run, "full/BinPack-v2/ppo"),
     ):  # fmt: skip
         shutil.copytree(run_dir, tmp_path / "checkpoints" / folder / "seed_0")
-    for path in ROOT.glob("checkpoints/*_cpu.pkl"):
+    for path in ROOT.glob("checkpoints/*_cpu*.pkl"):
         shutil.copy(path, tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return tmp_path

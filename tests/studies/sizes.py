@@ -68,7 +68,7 @@ PLAYERS = (
 
 
 def num_instances(player: Player, items: int) -> int:
-    """256, but fewer or none for searches that take seconds an instance; networks of 50 items play these."""
+    """256; at 100 items, 64 and 32 for searches. Networks that were trained at 50 items play these alone."""
     if items == 100 and player.num_simulations:
         return {4: 64, 32: 32}[player.num_simulations] if player.trained == "20" else 0
     if player.trained == "50" and player.num_simulations:
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
             path.write_text(json.dumps(results, indent=1) + "\n")
             print({key: value for key, value in row.items() if key != "returns"}, flush=True)
     of_50 = next(player for player in PLAYERS if player.trained == "20_50").checkpoint()
-    if of_50.exists():
+    if not argv and of_50.exists():
         collect_results.ship_run(of_50, "search_distill_cpu_50.pkl")
     draw(results, json.loads(collect_results.EXACT.read_text()))
     return 0
