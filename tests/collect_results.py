@@ -263,6 +263,7 @@ def checkpoints_table(results: dict, scores: dict, fresh: dict) -> str:
         "`checkpoints/` holds the best run of each method, without the optimizer's state:",
         "",
         *(f"- {text}" for text in shipped(results)),
+        "- `search_distill_cpu_50.pkl`: the first of these, [trained on at 50 items](../studies/sizes.md) (seed 0)",
         "",
         on_fresh_instances(fresh),
         "",
