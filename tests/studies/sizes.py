@@ -113,7 +113,8 @@ def draw(results: dict, exact: dict) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("utilisation")
     figure.axes[0].yaxis.set_major_formatter("{x:.0%}")
-    figure.axes[1].legend(fontsize=8, loc="lower right")  # Here all lines are.
+    # Room for the names is on the left, all lines are in the middle.
+    figure.axes[0].legend(handles=figure.axes[1].lines, fontsize=8, loc="lower right")
     figure.savefig(PICTURE, dpi=110)
 
 
