@@ -1112,6 +1112,23 @@ def state_with_blocks() -> Callable[[State, Observation], State]:
     return add
 
 
+HASH_FACTORS = np.random.default_rng(0).integers(2**32, size=(2, 9, 1), dtype=np.uint32) | 1
+
+
+def state_hash(state: State) -> jax.Array:
+    """uint32 [2], never 0, of what the future of a state depends on: the spaces, and the lengths of the items that are
+    still to be placed, whatever the order of either. (Where the list of spaces overflows, their order counts too.)"""
+
+    def combined(words: list[jax.Array], factors: np.ndarray, mask: jax.Array) -> jax.Array:
+        mixed = (jnp.stack(words).astype(jnp.uint32) * factors).sum(1, dtype=jnp.uint32)  # [2, n]
+        mixed = (mixed ^ (mixed >> 15)) * np.uint32(2246822519)
+        return jnp.where(mask, mixed ^ (mixed >> 13), 0).sum(1, dtype=jnp.uint32)
+
+    spaces = combined(jax.tree.leaves(state.ems), HASH_FACTORS[:, :6], state.ems_mask)
+    items = combined(jax.tree.leaves(state.items), HASH_FACTORS[:, 6:], state.items_mask & ~state.items_placed)
+    return jnp.maximum(spaces + items, 1)
+
+
 # ================================================= Playing instances ==================================================
 class Policy(NamedTuple):
     """How to play an episode: `act(params, key, state, observation, memory)` -> (flat action, decision, memory), and
