@@ -381,6 +381,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
     end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
     rest = upper[..., :, None] - end
     begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
+    flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
 
     def axes_that_fit(block: jax.Array) -> jax.Array:
         """Axes along which a space has the length of a block [3, ..., M] that goes in, bool [3, ..., E, M]."""
@@ -391,34 +392,28 @@ def end_relations(tokens: Tokens) -> jax.Array:
     fits_somewhere = (axes_that_fit(jnp.moveaxis(tokens.block, -2, 0)).sum(0) >= 2).any(-2) & tokens.possible
     rank = jnp.cumsum(fits_somewhere, -1)
 
-    def chunk(start: jax.Array) -> tuple:
-        """Of the CHUNK blocks from a rank on, leaves [CHUNK, ...]: lengths [3, ...], axes along which they end beside
-        another item [3, ..., E], whether they fit along two axes, or three, [2, ..., E], whether the other items are
-        enough for them without an item, and whether they hold it [..., I]."""
-        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2, keepdims=True)
+    def look_at_chunk(carry):
+        start, fills, of_items = carry
+        order = start + jnp.arange(CHUNK)
+        number = (rank[..., None] <= order).sum(-2, keepdims=True)  # [..., 1, M]; N, read as a block of length 0: none.
         take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
-        block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # Number N is read as length 0: none.
-        uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, CHUNK]
+        block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., M], [..., I', M]
+        uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
         fits = axes_that_fit(block)
         x, y, z = fits
-        two_fit = jnp.stack([y & z, x & z, x & y])
-        of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])
-        parts = block, two_fit, of_blocks, uses < tokens.waiting[..., None], uses > 0
-        return tuple(jnp.moveaxis(x, -1, 0) for x in parts)
-
-    def look_at_chunk(carry):
-        start, parts, flush, fills, of_items = carry
-        some = jax.lax.dynamic_slice_in_dim(begins, start, min(CHUNK, begins.shape[-1]), -1)
-        flush |= _any(_equal_length(end - some[..., k, None, None]) for k in range(some.shape[-1]))
-        for block, two_fit, of_blocks, is_beside, is_in in zip(*parts):
+        two_fit = jnp.stack([y & z, x & z, x & y])  # [3, ..., E, M]
+        of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])  # [2, ..., E, M]
+        is_beside, is_in = uses < tokens.waiting[..., None], uses > 0
+        # Computed once: fused into what follows, they would be made anew for every pair.
+        of_chunk = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
+        for m in range(CHUNK):
+            block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in of_chunk)
             fills |= _equal_length(rest - block[..., None, None]) & two_fit[..., None] & is_beside[..., None, :]
             of_items |= of_blocks[..., None] & is_in[..., None, :]
-        return start + CHUNK, chunk(start + CHUNK), flush, fills, of_items  # Carried, lest XLA make it for each pair.
+        return start + CHUNK, fills, of_items
 
-    most = jnp.maximum(rank[..., -1], tokens.legal.any(-1).sum(-1)).max(initial=0)
-    none = jnp.zeros(end.shape, bool)
-    init = 0, chunk(0), none, none, none[:2]
-    *_, flush, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
+    most, init = rank[..., -1].max(initial=0), (0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2]))
+    _, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
     return jnp.moveaxis(jnp.concatenate([flush, fills, of_items]), 0, -1).astype(jnp.float32)
 
 
@@ -594,67 +589,51 @@ def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Obse
 
 
 def rows_of_a_part(num_rows: int, observation: Observation) -> int:
-    """How many rows of a batch the network plays at a time: on a CPU at most 16, or 4 large ones, which fit the
-    caches."""
-    most = num_rows
-    if jax.default_backend() == "cpu":
-        most = 16 if math.prod(observation.action_mask.shape[-2:]) < 1000 else 4
+    """How many rows the network plays at a time: on a CPU at most 16, or 4 large ones, which fit the caches."""
+    most = 16 if math.prod(observation.action_mask.shape[-2:]) < 1000 else 4
+    most = most if jax.default_backend() == "cpu" else num_rows
     return max(n for n in range(1, most + 1) if num_rows % n == 0)
 
 
-def make_batched(function: Callable, config: Config) -> Callable[[Any, Observation, Any], Any]:
-    """Returns run(params, observation, rows), for one network and one observation with what else is of its row or,
-    under `vmap`, for a batch. Of this, parts are taken as function(params, size, observation [n, ...], rows [n, ...]).
-    Parts are chosen from all rows together, so we define the vmap rule ourselves; one observation alone is run at the
-    largest size. Rows without a legal action stand together, cost nothing, and get zeros. Not differentiable."""
+def make_batched(function: Callable, config: Config) -> Callable:
+    """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
+    is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
+    They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
+    together and cost nothing; what they get means nothing. Not differentiable."""
 
     @jax.custom_batching.custom_vmap
-    def run(params, observation, rows):
-        batch = jax.tree.map(lambda x: x[None], (observation, rows))
-        return jax.tree.map(lambda x: x[0], function(params, None, *batch))
+    def run_batch(params, *batch):
+        observation, num_rows = batch[0], len(batch[0].action_mask)
+        num_parts, sizes = num_rows // rows_of_a_part(num_rows, observation), sizes_of_tokens(config, observation)
 
-    @jax.custom_batching.custom_vmap
-    def run_batch(params, observation, rows):
-        num_rows = len(observation.action_mask)
-        num_parts = num_rows // rows_of_a_part(num_rows, observation)
-        sizes = sizes_of_tokens(config, observation)
-
-        def at_size(size, batch):
+        def at_size(size, part):
             if size != (0, 0):
-                return function(params, size, *batch)
-            shapes = jax.eval_shape(lambda batch: function(params, sizes[0], *batch), batch)
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                return function(params, size, *part)
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda part: function(params, sizes[0], *part), part))
 
-        parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, (observation, rows))
+        parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, batch)
         flat = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), parts)
         return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
 
-    def all_rows(axis_size, in_batched, *arguments):
+    @run_batch.def_vmap
+    def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
         rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        return jax.tree.map(rows, arguments, tuple(in_batched[1:]))  # After a reset some leaves are shared by all.
-
-    def batched_like(result):
+        batches = jax.tree.map(rows, batches, tuple(in_batched[1:]))  # After a reset some leaves are shared by all.
+        flat = run_batch(params, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
+        result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat)
         return result, jax.tree.map(lambda _: True, result)
 
-    @run.def_vmap
-    def _(axis_size, in_batched, params, *arguments):
-        return batched_like(run_batch(params, *all_rows(axis_size, in_batched, *arguments)))
-
-    @run_batch.def_vmap
-    def _(axis_size, in_batched, params, *arguments):  # A batch of batches is a larger batch.
-        batches = all_rows(axis_size, in_batched, *arguments)
-        flat = run_batch(params, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
-        return batched_like(jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat))
+    def run(params, observation, rows=()):
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], (observation, rows))
+        return jax.tree.map(lambda x: x[0], run_batch(params, *batch))
 
     return run
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []), which `vmap` runs as `make_batched` says. Losses
-    use `network.apply`."""
-    run = make_batched(lambda params, size, observation, _: network.apply(params, None, observation, size), config)
-    return lambda params, observation: run(params, observation, ())
+    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`. Losses use `network.apply`."""
+    return make_batched(lambda params, size, observation, _: network.apply(params, None, observation, size), config)
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -726,7 +705,7 @@ class Node(NamedTuple):
     actions: jax.Array  # int32 [K], the flat actions of highest prior, best first; illegal ones fill up
     logits: jax.Array  # [K], their prior, `MASKED` where illegal
     value: jax.Array  # [], estimate of the return from here
-    line: Line | tuple  # the completion from here; () with leaf_value=network
+    line: Line  # the completion from here; nothing with leaf_value=network
 
 
 class Decision(NamedTuple):
@@ -747,52 +726,46 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
     depths = jnp.arange(env.generator.max_num_items)
     no_line = Line(jnp.zeros((len(depths), 2), jnp.uint32), jnp.zeros(len(depths)), jnp.array(False))
 
-    def network_node(params: Any, state: State, observation: Observation, line=()) -> Node:
+    def network_node(params: Any, state: State, observation: Observation, line: Line = no_line) -> Node:
         logits, value = predict(params, observation)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
-        return Node(actions, logits, value, ())
+        return Node(actions, logits, value, no_line)
 
-    def move(params: Any, size: Any, observation: Observation, state: State) -> tuple:
-        """The greedy moves of a batch: logits, new state, its observation without blocks, reward, its hash."""
+    @functools.partial(make_batched, config=config)
+    def greedy_move(params: Any, size: Any, observation: Observation, state: State) -> tuple:
         logits, _ = network.apply(params, None, observation, size)
         state, timestep = jax.vmap(functools.partial(step_flat, env))(state, argmax(logits))
         return logits, state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
 
-    greedy_move = make_batched(move, config)
-
     def completion_node(params: Any, state: State, observation: Observation, line: Line = no_line) -> Node:
         """The value is the return of playing greedily to the end; the first pass gives the prior."""
-        start, blocks = state.items_placed.sum(), observation.blocks  # Large, and the same in all states.
+        start, blocks = state.items_placed.sum(), observation.blocks  # Large, and the same all along.
 
         def body(carry):
-            n, prior, state, observation, hashed, hashes, rewards, _ = carry
-            hashes = hashes.at[n].set(hashed)
-            logits, state, observation, reward, hashed = greedy_move(
-                params, observation._replace(blocks=blocks), state
-            )
-            prior = jnp.where(n == start, logits, prior)
-            meets = (hashed == line.hash[n + 1]).all()
+            n, prior, state, observation, own, _ = carry
+            observation = observation._replace(blocks=blocks)
+            logits, state, observation, reward, found = greedy_move(params, observation, state)
+            own = own._replace(hash=own.hash.at[n + 1].set(found), reward=own.reward.at[n].set(reward))
+            meets = (found == line.hash[n + 1]).all()
             observation = observation._replace(action_mask=observation.action_mask & ~meets)
-            return n + 1, prior, state, observation, hashed, hashes, rewards.at[n].set(reward), meets
+            return n + 1, jnp.where(n == start, logits, prior), state, observation, own, meets
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
-        light = state.replace(blocks=None), observation._replace(blocks=None)
-        init = start, prior, *light, ev.state_hash(state), line.hash, line.reward, jnp.array(False)
-        carry = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
-        end, prior, state, _, _, hashes, rewards, meets = carry
+        own = line._replace(hash=line.hash.at[start].set(ev.state_hash(state)))
+        init = start, prior, state.replace(blocks=None), observation._replace(blocks=None), own, jnp.array(False)
+        end, prior, state, _, own, meets = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
         logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
-        exists = (depths < end) | meets
         solved = jnp.where(meets, line.solved, (state.items_placed | ~state.items_mask).all())
-        line = Line(jnp.where(exists[:, None], hashes, 0), jnp.where(exists, rewards, 0.0), solved)
-        value = (line.reward * config.discount ** (depths - start)).sum(where=depths >= start)
-        return Node(actions, logits, value, line)
+        exists = (depths < end) | meets
+        own = Line(jnp.where(exists[:, None], own.hash, 0), jnp.where(exists, own.reward, 0.0), solved)
+        value = (own.reward * config.discount ** (depths - start)).sum(where=depths >= start)
+        return Node(actions, logits, value, own)
 
     return completion_node if config.leaf_value == "completion" else network_node
 
 
 def make_child_function(env: BinPack, make_node: Callable, config: Config) -> Callable[..., tuple]:
-    """Returns make_child(params, state, node, index) -> (reward, discount, state, node) after the node's action of that
-    index."""
+    """Returns make_child(params, state, node, index) -> (reward, discount, state, node) after its action `index`."""
 
     def make_child(params: Any, state: State, node: Node, index: jax.Array):
         state, timestep = step_flat(env, state, node.actions[index])
@@ -820,10 +793,7 @@ def make_search_policy(
         maxvisit_init=config.maxvisit_init,
         rescale_values=config.rescale_values,
     )
-
-    def looked_at(node: Node) -> jax.Array:  # bool [K], of its actions
-        filled = node.line.solved if plays and node.line else False
-        return (jnp.arange(len(node.actions)) == 0) | ~jnp.asarray(filled)
+    looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
     def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""

@@ -173,8 +173,8 @@ def test_search_improves_expected_q_at_every_state(env, network, config, params,
 
 @pytest.mark.parametrize("plays", [False, True])
 def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, played):
-    """What a search hands on as the next root is what evaluating that state anew gives, though a completion along the
-    greedy line is not played again. In playing, a root whose completion places every item is played greedily."""
+    """What a search hands on as the next root is what evaluating that state anew gives, though a completion that meets
+    the root's is not played on. In playing, a root whose completion places every item is played greedily."""
     states, observations = rows(played, script.has_legal_action(played[1]))
     states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
     config = config.model_copy(update=dict(leaf_value="completion"))
@@ -189,17 +189,41 @@ def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, 
         state, timestep = script.step_flat(env, state, action)
         fresh = policy.start(params, state, timestep.observation)
         is_greedy = action == root.actions[0]
-        return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.solved
+        return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.line.solved
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
     carried, fresh, goes_on, is_greedy, solved = jax.jit(jax.vmap(carry))(keys, states, observations)
     assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
     assert 5 < int((is_greedy & goes_on).sum()) < int(goes_on.sum()) and 0 < int(solved.sum()) < 64
     assert is_greedy[solved].all() if plays else not is_greedy[solved].all()
-    np.testing.assert_array_equal(carried.solved, fresh.solved)
+    np.testing.assert_array_equal(carried.line.solved, fresh.line.solved)
     np.testing.assert_array_equal(carried.actions, fresh.actions)
     np.testing.assert_allclose(carried.logits, fresh.logits, atol=1e-5)
     np.testing.assert_allclose(carried.value, fresh.value, atol=1e-6)
+
+
+def test_a_completion_that_meets_a_line_goes_on_like_it(env, network, config, params, played):
+    """Given its own line, with other rewards for the moves after the first, a state takes these and plays one move."""
+    states, observations = rows(played, np.asarray(played[1].action_mask).any(2).sum(2) == 4)
+    states, observations = jax.tree.map(lambda x: x[:32], (states, observations))
+    config, passes = config.model_copy(update=dict(leaf_value="completion", discount=0.5)), []
+    count = lambda *arguments: jax.debug.callback(passes.append, 0) or network.apply(*arguments)
+    make_node = script.make_node_function(env, network._replace(apply=count), config)
+    own = jax.jit(jax.vmap(make_node, (None, 0, 0)))(params, states, observations)
+    start = np.asarray(states.items_placed).sum(1, keepdims=True)
+    assert np.asarray(own.line.reward[:, 1:] > 0).any(1).all() and not own.line.solved.all()
+    passes.clear()
+    after = np.arange(own.line.reward.shape[1]) > start
+    line = own.line._replace(reward=jnp.where(after, 2.0, own.line.reward), solved=~own.line.solved)
+    found = jax.jit(jax.vmap(make_node, (None, 0, 0, 0)))(params, states, observations, line)
+    jax.effects_barrier()
+    depth = np.arange(after.shape[1]) - start
+    moves = (np.asarray(own.line.reward) > 0).sum(1, where=depth >= 0)
+    first = np.take_along_axis(np.asarray(own.line.reward), start, 1)[:, 0]
+    goes_on = moves > 1
+    np.testing.assert_allclose(found.value[goes_on], (first + (2.0 * 0.5**depth).sum(1, where=depth > 0))[goes_on])
+    np.testing.assert_array_equal(found.line.solved, own.line.solved ^ goes_on)
+    assert 5 < goes_on.sum() and len(passes) <= 2 < moves.max()
 
 
 def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, config, params, played, monkeypatch):
@@ -225,10 +249,10 @@ def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, co
         def child(action):
             after, timestep = script.step_flat(env, state, action)
             node = policy.start(params, after, timestep.observation)
-            return node.solved, timestep.reward + node.value
+            return node.line.solved, timestep.reward + node.value
 
         fills, packs = jax.vmap(child)(actions)
-        looked_at = script.legal_actions(observation)[actions] & (~root.solved | (jnp.arange(4) == 0))
+        looked_at = script.legal_actions(observation)[actions] & (~root.line.solved | (jnp.arange(4) == 0))
         q = policy.act(params, key, state, observation, root)[1].weights[:4]
         return fills & looked_at, packs, q
 
@@ -236,6 +260,36 @@ def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, co
     fills, packs, q = jax.jit(jax.vmap(play))(keys, states, observations)
     assert 5 < int(fills.sum()) < fills.size
     np.testing.assert_allclose(q[fills], packs[fills], atol=1e-6)
+
+
+def test_a_state_hash_forgets_the_order_and_nothing_else(played):
+    states, observations = played
+    state = jax.tree.map(lambda x: x[0, 9], states)
+    assert int(state.ems_mask.sum()) > 2 and 2 < int((state.items_mask & ~state.items_placed).sum())
+    expected = np.asarray(evaluate.state_hash(state))
+    rng = np.random.default_rng(0)
+    spaces, items = (rng.permutation(len(mask)) for mask in (state.ems_mask, state.items_mask))
+    slots = dict(ems=spaces, ems_mask=spaces, items=items, items_mask=items, items_placed=items)
+    moved = state.replace(**{key: jax.tree.map(lambda x: x[i], getattr(state, key)) for key, i in slots.items()})
+    gone = int(np.flatnonzero(state.items_placed)[0])
+    unseen = state.items._replace(x_len=state.items.x_len.at[gone].add(1))
+    for same in (moved, state.replace(items=unseen), state.replace(items_location=state.ems)):
+        assert (np.asarray(evaluate.state_hash(same)) == expected).all()
+    there = int(np.flatnonzero(state.ems_mask)[-1])
+    waiting = int(np.flatnonzero(state.items_mask & ~state.items_placed)[-1])
+
+    def longer(tree, slot: int) -> list:
+        """The tree with one of its lengths a millimetre longer, for each of its lengths."""
+        leaves, structure = jax.tree.flatten(tree)
+        changed = [[x.at[slot].add(int(x is leaf)) for x in leaves] for leaf in leaves]
+        return [jax.tree.unflatten(structure, row) for row in changed]
+
+    others = [state.replace(ems=ems) for ems in longer(state.ems, there)]
+    others += [state.replace(items=items) for items in longer(state.items, waiting)]
+    others += [state.replace(ems_mask=state.ems_mask.at[there].set(False))]
+    others += [state.replace(items_placed=state.items_placed.at[waiting].set(True))]
+    hashes = {tuple(np.asarray(evaluate.state_hash(other)).tolist()) for other in others}
+    assert len(hashes) == len(others) == 11 and tuple(expected.tolist()) not in hashes
 
 
 def test_terminal_nodes_have_no_value(params, apply, played):

@@ -161,15 +161,15 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
 
 # ======================================================= Phases =======================================================
 def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
-    """Passes of the network by size, each for a part of a batch, and steps of the environment, each for a whole batch,
-    in one collection."""
+    """Passes of the network by size, each for a part of a batch, and steps of the environment, of one row each, in one
+    collection."""
     calls: collections.Counter = collections.Counter()
 
     def count(name: Any, x: jax.Array) -> jax.Array:
-        """x, through a call of the host that counts once for a batch."""
+        """x, through a call of the host that counts a batch."""
 
         def tell(x):
-            calls[name] += 1
+            calls[name] += len(x) if name == "environment" else 1
             return x
 
         return jax.pure_callback(tell, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")
@@ -224,7 +224,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
     step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
     passes, env_steps = count_visits(config, params, keys)
-    part = script.rows_of_a_part(size)
+    part = script.rows_of_a_part(size, observation)
     some = jax.tree.map(lambda x: x[:part], observation)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
@@ -261,7 +261,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     matrix = jnp.ones((side, side), jnp.float32)
     best = devices * 2 * side**3 / seconds_everywhere(jnp.matmul, matrix, matrix)
     mask = np.asarray(trajectory.mask)
-    env_seconds, states_passed = env_steps * step_seconds, devices * part * sum(passes.values())
+    env_seconds, states_passed = env_steps / size * step_seconds, devices * part * sum(passes.values())
     return dict(
         collect=collect,
         network=network_seconds,
@@ -270,7 +270,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         gradient_steps=gradient * steps,
         batched_passes=sum(passes.values()),
         passes_by_size={f"{spaces} x {items}": number for (spaces, items), number in passes.items()},
-        batched_steps=env_steps,
+        batched_steps=env_steps / size,
         microseconds_a_pass=1e6 * network_seconds / states_passed,
         microseconds_a_step=1e6 * step_seconds / (devices * size),
         megaflop_a_pass=flop / states_passed / 1e6,
