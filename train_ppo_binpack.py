@@ -539,7 +539,7 @@ def rows_of_a_part(num_rows: int, observation: Observation) -> int:
     return max(n for n in range(1, most + 1) if num_rows % n == 0)
 
 
-def make_batched(function: Callable, config: Config) -> Callable:
+def make_batched(function: Callable, config: Config, by_size: bool = True) -> Callable:
     """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
     is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
     They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
@@ -548,7 +548,8 @@ def make_batched(function: Callable, config: Config) -> Callable:
     @jax.custom_batching.custom_vmap
     def run_batch(params, *batch):
         observation, num_rows = batch[0], len(batch[0].action_mask)
-        num_parts, sizes = num_rows // rows_of_a_part(num_rows, observation), sizes_of_tokens(config, observation)
+        num_parts = num_rows // rows_of_a_part(num_rows, observation)
+        sizes = sizes_of_tokens(config, observation)[0 if by_size else -1 :]
 
         def at_size(size, part):
             if size != (0, 0):

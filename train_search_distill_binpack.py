@@ -595,7 +595,7 @@ def rows_of_a_part(num_rows: int, observation: Observation) -> int:
     return max(n for n in range(1, most + 1) if num_rows % n == 0)
 
 
-def make_batched(function: Callable, config: Config) -> Callable:
+def make_batched(function: Callable, config: Config, by_size: bool = True) -> Callable:
     """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
     is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
     They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
@@ -604,7 +604,8 @@ def make_batched(function: Callable, config: Config) -> Callable:
     @jax.custom_batching.custom_vmap
     def run_batch(params, *batch):
         observation, num_rows = batch[0], len(batch[0].action_mask)
-        num_parts, sizes = num_rows // rows_of_a_part(num_rows, observation), sizes_of_tokens(config, observation)
+        num_parts = num_rows // rows_of_a_part(num_rows, observation)
+        sizes = sizes_of_tokens(config, observation)[0 if by_size else -1 :]
 
         def at_size(size, part):
             if size != (0, 0):
@@ -731,11 +732,10 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value, no_line)
 
-    @functools.partial(make_batched, config=config)
-    def greedy_move(params: Any, size: Any, observation: Observation, state: State) -> tuple:
-        logits, _ = network.apply(params, None, observation, size)
-        state, timestep = jax.vmap(functools.partial(step_flat, env))(state, argmax(logits))
-        return logits, state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
+    @functools.partial(make_batched, config=config, by_size=False)
+    def step(_, size: Any, observation: Observation, rows: tuple[State, jax.Array]) -> tuple:
+        state, timestep = jax.vmap(functools.partial(step_flat, env))(*rows)
+        return state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
 
     def completion_node(params: Any, state: State, observation: Observation, line: Line = no_line) -> Node:
         """The value is the return of playing greedily to the end; the first pass gives the prior."""
@@ -743,8 +743,8 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
 
         def body(carry):
             n, prior, state, observation, own, _ = carry
-            observation = observation._replace(blocks=blocks)
-            logits, state, observation, reward, found = greedy_move(params, observation, state)
+            logits, _ = predict(params, observation._replace(blocks=blocks))
+            state, observation, reward, found = step((), observation, (state, argmax(logits)))
             own = own._replace(hash=own.hash.at[n + 1].set(found), reward=own.reward.at[n].set(reward))
             meets = (found == line.hash[n + 1]).all()
             observation = observation._replace(action_mask=observation.action_mask & ~meets)
