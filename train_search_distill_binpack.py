@@ -581,7 +581,7 @@ def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Obse
     order = jnp.argsort(index_of_smallest_size(sizes, observation))
 
     def of_part(indices: jax.Array) -> Any:
-        gathered = lambda size, indices: function(size, jax.tree.map(lambda x: x[indices], rows))
+        gathered = lambda size, indices: function(size, jax.tree.map(lambda x: jnp.asarray(x)[indices], rows))
         legal = observation._replace(action_mask=observation.action_mask[indices])  # All that a size depends on.
         return at_smallest_size(gathered, sizes, legal, indices)
 

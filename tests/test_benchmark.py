@@ -21,7 +21,7 @@ def test_visits_are_those_that_the_search_makes(config, params):
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, params, keys)
     most = 1 + 19 * config.num_simulations
-    assert most // 2 < sum(passes.values()) <= most and steps == 19 * (1 + config.num_simulations)
+    assert most // 2 < sum(passes.values()) <= most and steps == 8 * 19 * (1 + config.num_simulations)
     assert passes[8, 12] > 5 and passes[40, 20] > 5  # Late and early states.
 
 
