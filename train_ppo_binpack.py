@@ -543,7 +543,7 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
     """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
     is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
     They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
-    together and cost nothing; what they get means nothing. Not differentiable."""
+    together and cost nothing; what they get means nothing. `by_size=False`: one size for all. Not differentiable."""
 
     @jax.custom_batching.custom_vmap
     def run_batch(params, *batch):

@@ -599,7 +599,7 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
     """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
     is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
     They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
-    together and cost nothing; what they get means nothing. Not differentiable."""
+    together and cost nothing; what they get means nothing. `by_size=False`: one size for all. Not differentiable."""
 
     @jax.custom_batching.custom_vmap
     def run_batch(params, *batch):
@@ -721,7 +721,7 @@ class Decision(NamedTuple):
 
 def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[..., Node]:
     """Returns make_node(params, state, observation, line) -> Node, with the value that `leaf_value` names. A completion
-    that meets a state of the given line, usually the parent's, goes on like that line and is not played further: most
+    that meets a state of the given line, usually the parent's, goes on like that line and is not played further: many
     orders of the same moves lead to the same state."""
     predict = make_predict(network, config)
     depths = jnp.arange(env.generator.max_num_items)
