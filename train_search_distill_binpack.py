@@ -388,6 +388,8 @@ def end_relations(tokens: Tokens) -> jax.Array:
         slack = (upper - lower)[..., :, None] - block[..., None, :]
         return _equal_length(slack) & (slack > -ev.EQUAL).all(0)
 
+    as_bits = lambda x: (x * 2 ** jnp.arange(CHUNK)).sum(-1)  # Bool [..., M] -> int32 [...]
+
     # Few blocks fit a space along two axes. These alone are compared with the items, a chunk at a time.
     fits_somewhere = (axes_that_fit(jnp.moveaxis(tokens.block, -2, 0)).sum(0) >= 2).any(-2) & tokens.possible
     rank = jnp.cumsum(fits_somewhere, -1)
@@ -401,16 +403,13 @@ def end_relations(tokens: Tokens) -> jax.Array:
         uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
         fits = axes_that_fit(block)
         x, y, z = fits
-        two_fit = jnp.stack([y & z, x & z, x & y])  # [3, ..., E, M]
-        of_blocks = jnp.stack([fits.sum(0) >= least for least in (2, 3)])  # [2, ..., E, M]
-        is_beside, is_in = uses < tokens.waiting[..., None], uses > 0
-        # Computed once: fused into what follows, they would be made anew for every pair.
-        of_chunk = jax.lax.optimization_barrier((block, two_fit, of_blocks, is_beside, is_in))
+        two_fit = as_bits(jnp.stack([y & z, x & z, x & y]))[..., None]  # [3, ..., E, 1]
+        of_blocks = as_bits(jnp.stack([fits.sum(0) >= least for least in (2, 3)]))[..., None]  # [2, ..., E, 1]
+        is_beside, is_in = (as_bits(x)[..., None, :] for x in (uses < tokens.waiting[..., None], uses > 0))
+        fitting = two_fit & is_beside  # [3, ..., E, I]
         for m in range(CHUNK):
-            block, two_fit, of_blocks, is_beside, is_in = (x[..., m] for x in of_chunk)
-            fills |= _equal_length(rest - block[..., None, None]) & two_fit[..., None] & is_beside[..., None, :]
-            of_items |= of_blocks[..., None] & is_in[..., None, :]
-        return start + CHUNK, fills, of_items
+            fills |= _equal_length(rest - block[..., m, None, None]) & ((fitting & 2**m) > 0)
+        return start + CHUNK, fills, of_items | ((of_blocks & is_in) > 0)
 
     most, init = rank[..., -1].max(initial=0), (0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2]))
     _, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
