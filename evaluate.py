@@ -98,7 +98,7 @@ LocalPath = Annotated[str, AfterValidator(no_address)]
 UserPath = Annotated[LocalPath, AfterValidator(with_home)]
 Folder = Annotated[UserPath, Field(min_length=1)]
 Units = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-Millimetres = Annotated[int, Field(ge=1, le=10**6)]
+Millimetres = Annotated[int, Field(ge=1, le=19_000)]  # In longer containers `EQUAL` is more than a millimetre.
 
 
 class FrozenModel(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -141,8 +141,8 @@ class Sizes(FrozenModel):
         if self.obs_num_ems > self.max_num_ems:
             what = f"obs_num_ems={self.obs_num_ems}: expected at most max_num_ems={self.max_num_ems}, the spaces"
             raise ValueError(f"{what} that are kept; type obs_num_ems={self.max_num_ems}")
-        if self.split_num_same_items > self.max_num_items:
-            what = f"split_num_same_items={self.split_num_same_items}: expected at most max_num_items"
+        if self.split_num_same_items > max(2, self.max_num_items - 1):  # Jumanji would cut nothing.
+            what = f"split_num_same_items={self.split_num_same_items}: expected below max_num_items"
             raise ValueError(f"{what}={self.max_num_items}; type split_num_same_items=2")
         return self
 
@@ -209,7 +209,9 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
         reason = first["msg"].removeprefix("Value error, ")
         reason = reason.replace("Input should be", "expected").split(", unable to parse")[0]
         for key in first["loc"][:1]:
-            reason = f"{key}={overrides.get(key)}: {reason}; for example {key}={as_typed(fields[key].default)}"
+            default = fields[key].default
+            hint = f"or leave {key} out" if default in ("", ()) else f"for example {key}={as_typed(default)}"
+            reason = f"{key}={overrides.get(key)}: {reason}; {hint}"
         raise UsageError(reason) from None
     for key, need in getattr(config, "needs", {}).items():
         other, _, value = need.partition("=")
@@ -219,14 +221,17 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
 
 
 def _parse_value(key: str, raw: str, field: Any) -> Any:
-    """One value in YAML's grammar. Text stays as typed, integers are decimal, and a list may lack its brackets."""
-    if raw and get_origin(field.annotation) is tuple and not re.fullmatch(r"\[.*\]|\(.*\)", raw):
-        raw = f"[{raw}]"
+    """One value in YAML's grammar. Text stays as typed, integers are decimal, and a list may lack its brackets. A list
+    of words is split at its commas, unless there is a file of this name."""
+    if raw and get_origin(field.annotation) is tuple:
+        inner = raw[1:-1] if re.fullmatch(r"\[.*\]|\(.*\)", raw) else raw
+        if all(isinstance(word, str) for word in field.default):
+            return [raw] if os.path.exists(raw) else [x.strip(" '\"") for x in inner.split(",") if x.strip()]
+        raw = f"[{inner}]"
     if field.annotation is str or re.fullmatch(r"[+-]?\d+", raw):
         return raw
-    yaml = f"[{raw[1:-1].rstrip(',')}]" if re.fullmatch(r"\(.*\)", raw) else raw
     try:
-        value = OmegaConf.from_dotlist([f"{key}={yaml}"])[key]
+        value = OmegaConf.from_dotlist([f"{key}={raw}"])[key]
         return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     except Exception:  # YAML and OmegaConf raise errors of many classes for text that they cannot read.
         return raw
@@ -951,9 +956,10 @@ WORD_BITS = 20  # Bits of a mask that one word holds: two words hold 40 EMSs wit
 
 def _pack_bits(x: jax.Array) -> jax.Array:
     """Bool [..., n, m] -> uint32 [..., ceil(n / WORD_BITS), m]."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % WORD_BITS), (0, 0)])
-    x = x.reshape(*x.shape[:-2], -1, WORD_BITS, x.shape[-1]).astype(jnp.uint32)
-    return (x << jnp.arange(WORD_BITS, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
+    xp = np if isinstance(x, np.ndarray) else jnp  # What is constant is packed here, not by the compiler.
+    x = xp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % WORD_BITS), (0, 0)])
+    x = x.reshape(*x.shape[:-2], -1, WORD_BITS, x.shape[-1]).astype(np.uint32)
+    return (x << np.arange(WORD_BITS, dtype=np.uint32)[:, None]).sum(-2, dtype=np.uint32)
 
 
 def _and_of_others(x: jax.Array) -> jax.Array:
@@ -1117,7 +1123,8 @@ HASH_FACTORS = np.random.default_rng(0).integers(2**32, size=(2, 9, 1), dtype=np
 
 def state_hash(state: State) -> jax.Array:
     """uint32 [2], never 0, of what the future of a state depends on: the spaces, and the lengths of the items that are
-    still to be placed, whatever the order of either. (Where the list of spaces overflows, their order counts too.)"""
+    still to be placed, whatever the order of either. (Where the list of spaces overflows, or not all are shown and the
+    last ones tie, their order counts too.)"""
 
     def combined(words: list[jax.Array], factors: np.ndarray, mask: jax.Array) -> jax.Array:
         mixed = (jnp.stack(words).astype(jnp.uint32) * factors).sum(1, dtype=jnp.uint32)  # [2, n]
@@ -1337,7 +1344,8 @@ def other_sizes(trained: Sizes, given: dict[str, int]) -> Sizes:
         first = error.errors()[0]
         place = "".join(f"{key}={given.get(key)}: " for key in first["loc"][:1])
         reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        raise UsageError(f"{place}{reason}; for example max_num_items=50 max_num_ems=80") from None
+        example = "" if "; type" in reason else "; for example max_num_items=50 max_num_ems=80"
+        raise UsageError(f"{place}{reason}{example}") from None
 
 
 def played_sizes(checkpoints: list[Checkpoint], given: dict[str, int]) -> Sizes:
@@ -1859,7 +1867,7 @@ def read_items(path: str, container: tuple[int, int, int]) -> list[Item]:
             expect(is_number, f"{column} as a whole number above 0", number, "digits alone, lengths in millimetres")
         *lengths, quantity = map(int, numbers)
         for column, length, most in zip(COLUMNS[1:], lengths, container):
-            what = f"{column} of {name} up to {most}, the container's"
+            what = f"{column} of {name[:60]} up to {most}, the container's"
             expect(length <= most, what, length, "lengths that fit (items are not turned), or another container=")
         total = len(items) + quantity
         expect(total < MOST, f"at most {MOST - 1} items in a file", f"{total} up to here", "a smaller Quantity")
@@ -2128,6 +2136,8 @@ def distinct_names(paths: list[Path], parts: int) -> list[str]:
 
 def check_keys(paths: list[str], config: Config) -> None:
     """Raises `UsageError` for keys that do not go together."""
+    for path in filter(re.compile(r".*\.csv", re.I).fullmatch, paths):
+        raise UsageError(f"{path}: expected a checkpoint, got a .csv; type instances={path} (commas between several)")
     wanting = [name for name in config.policy if name not in FLOORS]
     if not paths and (wanting or config.curves or not config.policy):
         asked = f"policy={wanting[0]}" if wanting else "curves" if config.curves else "policy=[]"
@@ -2145,9 +2155,11 @@ def check_keys(paths: list[str], config: Config) -> None:
         if key in config.model_fields_set:
             what = "expected no such key beside instances" if own else "expected instances=FILE.csv beside it, got none"
             raise UsageError(f"{key}: {what}; drop {key}")
-    named = [Path(path).resolve() for path in (*config.instances, config.plan, config.json) if path]
-    if len(set(named)) < len(named):
-        raise UsageError("instances, plan, json: expected different files, got one of them twice; give another name")
+    named = (*config.instances, config.plan, config.json, config.render, config.curves)
+    resolved = [Path(path).resolve() for path in named if path]
+    if len(set(resolved)) < len(resolved):
+        keys = "instances, plan, json, render, curves"
+        raise UsageError(f"{keys}: expected different files, got one of them twice; give another name")
 
 
 def evaluate(words: list[str], paths: list[str], config: Config) -> None:

@@ -130,8 +130,9 @@ class Config(ev.Sizes):
         if 0 < self.learning_rate_decay_iters < last:
             what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
             raise ValueError(f"{what}, since nothing is learned at rate 0; type learning_rate_decay_iters={last}")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite=true exclude each other; drop one of them")
+        if self.resume and (self.overwrite or (self.init_from and self.resume != "auto")):
+            other = "overwrite=true" if self.overwrite else "init_from"
+            raise ValueError(f"resume={self.resume} and {other} exclude each other; drop one of them")
         several = self.coordinator_address or self.num_processes or self.process_id
         is_address = re.fullmatch(r"\S+:\d+", self.coordinator_address)
         if several and not (self.distributed and is_address and self.process_id < self.num_processes):
@@ -210,7 +211,7 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
-CHUNK = 8  # So many blocks are compared with the items at a time: measured on a CPU.
+CHUNK = 8  # So many blocks, at most 31, are compared with the items at a time: measured on a CPU.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 
@@ -893,7 +894,7 @@ NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_ch
 
 def network_hint(config: Config, checkpoint: dict) -> str:
     """What to type where a checkpoint's network is another one than the configuration's."""
-    old, new = checkpoint["config"], config.model_dump(mode="json")
+    old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
     keys = [key for key in new if ("transformer" in key or key == "pair_units") and old.get(key) != new[key]]
     return " ".join(["type", *(f"{key}={ev.as_typed(old.get(key))}" for key in keys)]) if keys else "give another one"
 

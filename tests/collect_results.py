@@ -73,7 +73,7 @@ SIZE_LABELS = {
     "ppo": "PPO",
     "search_distill": "search distillation",
 }
-TRAINED = {"20_50": ", trained on at 50", "50": ", trained at 50 from scratch"}
+TRAINED = {"20_50": ", trained at 20, then at 50", "50": ", trained at 50 from scratch"}
 PLANNER_LABELS = {
     "largest_first": "the rule: largest item into the smallest space",
     "lookahead": "the rule with look-ahead",
@@ -263,7 +263,7 @@ def checkpoints_table(results: dict, scores: dict, fresh: dict) -> str:
         "`checkpoints/` holds the best run of each method, without the optimizer's state:",
         "",
         *(f"- {text}" for text in shipped(results)),
-        "- `search_distill_cpu_50.pkl`: the first of these, [trained on at 50 items](../studies/sizes.md) (seed 0)",
+        "- `search_distill_cpu_50.pkl`: the first of these, [trained on](../studies/sizes.md) at 50 items (seed 0)",
         "",
         on_fresh_instances(fresh),
         "",

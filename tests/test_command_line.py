@@ -97,6 +97,8 @@ def test_single_keys_override_the_preset_wherever_they_stand():
         (["training_batch_size=30000"], "expected at most 19 x rollout_batch_size = 19456"),
         (["preset=cpu", "max_num_iters=350"], "type learning_rate_decay_iters=350"),
         (["resume=auto", "overwrite=true"], "exclude each other"),
+        (["resume=a.pkl", "init_from=b.pkl"], "resume=a.pkl and init_from exclude each other"),
+        (["init_from=gs://bucket/a.pkl"], "or leave init_from out"),
         (["--overwrit"], "did you mean 'overwrite'"),
         (
             ["num_processes=2"],

@@ -311,12 +311,23 @@ def test_a_plan_that_cannot_be_carried_out_is_an_error(change, expected, tmp_pat
     assert out == "" and err.count("\n") == 1 and expected in err and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["orders #1.csv", "a,b.csv", "[x].csv", "2024", "a: b.csv", "${x}.csv", "plain.csv"])
+def test_a_file_of_items_may_have_any_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(PLAIN)
+    parse = lambda raw: evaluate.parse_command_line([f"instances={raw}"], evaluate.Config, {}, [])[0].instances
+    assert parse(name) == (name,) and parse("[c.csv, 'd.csv']") == ("c.csv", "d.csv") and parse("[]") == ()
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
         (["num_episodes=8"], "num_episodes: expected no such key beside instances"),
         (["max_num_items=50"], "max_num_items: expected no such key beside instances"),
-        (["obs_num_ems=50"], "expected at most max_num_ems=40"),
+        (["obs_num_ems=50"], "that are kept; type obs_num_ems=40\n"),
+        (["items.csv"], "expected a checkpoint, got a .csv; type instances=items.csv"),
+        (["container=20000,10,10"], "expected less than or equal to 19000"),
+        (["plan=no/plan.csv"], "in a folder that exists; or leave plan out"),
         (["container=100,200"], "container=100,200: "),
         (["container=100,200,0"], "container=100,200,0: expected greater than"),
         (["container=500,2330,2200"], "row 2: expected Length of Carton up to 500"),

@@ -84,7 +84,7 @@ def test_a_checkpoint_plays_other_sizes(tmp_path, capsys):
         (["obs_num_ems=50"], "expected at most max_num_ems=40"),
         (["max_num_items=1"], "max_num_items=1: expected greater than or equal to 2"),
         (["max_num_items=2000"], "expected less than or equal to 1000"),
-        (["split_num_same_items=30"], "expected at most max_num_items=20"),
+        (["split_num_same_items=20"], "expected below max_num_items=20"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(words, expected, tmp_path, capsys):

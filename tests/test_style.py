@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-MOST_LINES = {"train_search_distill_binpack.py": 1450, "train_ppo_binpack.py": 1025, "evaluate.py": 2245}
+MOST_LINES = {"train_search_distill_binpack.py": 1450, "train_ppo_binpack.py": 1025, "evaluate.py": 2255}
 MOST_LINES_OF_A_FUNCTION = 80
 
 

@@ -68,11 +68,9 @@ PLAYERS = (
 
 
 def num_instances(player: Player, items: int) -> int:
-    """256; at 100 items 64 for 4 simulations, and 32 were too many. Networks trained at 50 items play these alone."""
-    if items == 100 and player.num_simulations:
-        return 64 if player.trained == "20" and player.num_simulations == 4 else 0
+    """256. Networks trained at 50 items play these alone, and without search those from scratch, which fill few."""
     if player.trained == "50" and player.num_simulations:
-        return 0  # Most of 256 are not filled, and long searches of all of them take half an hour.
+        return 0
     return 256 if items == 50 or player.trained in ("", "20") else 0
 
 
