@@ -334,6 +334,7 @@ def test_a_file_of_items_may_have_any_name(name, tmp_path, monkeypatch):
         (["instance=1", "render=a.png"], "expected below 1, the number of files"),
         (["plan=items.csv"], "expected different files"),
         (["plan=a.json", "json=a.json"], "expected different files"),
+        (["a.pkl", "render=a.png", "curves=a.png"], "expected different files"),
         (["plan=a.txt"], "ends in .csv or .json"),
         (["instances=[items.csv,./items.csv]"], "expected different files"),
         (["instances=[]", "plan=a.csv"], "plan: expected instances=FILE.csv"),

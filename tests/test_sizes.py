@@ -95,6 +95,14 @@ def test_sizes_that_cannot_be_are_refused(words, expected, tmp_path, capsys):
         assert expected in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", [script, ppo], ids=lambda module: module.METHOD)
+def test_a_hint_names_the_network_of_a_checkpoint_that_lacks_keys(module):
+    """What it lacks are defaults."""
+    config = module.Config(transformer_num_heads=2, pair_units=8)
+    hint = module.network_hint(config, dict(config=dict(pair_units=16)))
+    assert hint == "type transformer_num_heads=4 pair_units=16"
+
+
 def test_checkpoints_of_several_sizes_are_not_compared(search_run, tmp_path, capsys):
     contents = evaluate.read_checkpoint(SHIPPED)
     contents["config"] |= dict(max_num_items=10)
