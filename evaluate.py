@@ -1044,10 +1044,10 @@ EQUAL = 5e-5  # Normalised lengths that differ by less are the same: a millimetr
 class Blocks(NamedTuple):
     """Boxes without gaps that items of an instance make, alone or together, as in block building for container loading
     (Eley 2002; Fanslau and Bortfeldt 2010). Items with the same lengths are of one kind, whose number is that of its
-    first item. There is room for N, of several items 4 I and at most 400; where fewer were found, zeros stand."""
+    first item. There is room for P, of several items 4 I and at most 400; where fewer were found, zeros stand."""
 
-    length: jax.Array  # [..., 3, N], shares of the container
-    uses: jax.Array  # int16 [..., I, N], how many items of each kind
+    length: jax.Array  # [..., 3, P], shares of the container
+    uses: jax.Array  # int16 [..., I, P], how many items of each kind
     kind: jax.Array  # int32 [..., I], of each item
 
 

@@ -10,7 +10,7 @@ Environment, network and symmetry are those of search distillation (`train_searc
 learning differ. The small presets take about the same time, the full runs play the same number of episodes.
 
 Shapes: B episodes, T steps, E empty maximal spaces (EMS), I items, A = E x I flat actions `ems * I + item`,
-D model width, H attention heads, M minibatch.
+D model width, H attention heads, M minibatch, P blocks.
 Command line, files, log, W&B, devices, playing and scoring live in `evaluate.py`, which both scripts share.
 
     python train_ppo_binpack.py preset=cpu               # two CPU cores
@@ -211,22 +211,22 @@ def permute_axes(observation: Observation, permutation: jax.Array) -> Observatio
 
 
 # ================================== Network (twin section: the same in both scripts) ==================================
-CHUNK = 8  # So many blocks, at most 31, are compared with the items at a time: measured on a CPU.
+CHUNK = 8  # Blocks C compared with the items at a time, as bits of an int32: at most 31. Measured on a CPU.
 MASKED = -1e9  # The logit of an illegal action: its probability is 0, and being finite it makes no gradient NaN.
 
 
 class Tokens(NamedTuple):
     """The E spaces and I items that legal actions use, gathered from the observation's slots; zeros fill them up. And
-    the N blocks of the instance."""
+    the P blocks of the instance."""
 
     legal: jax.Array  # bool [..., E, I]
     lower: jax.Array  # [..., E, 3], corners of the spaces
     upper: jax.Array  # [..., E, 3]
     item: jax.Array  # [..., I, 3], lengths of the items
     open_volume: jax.Array  # [...], of the items that still fit somewhere
-    block: jax.Array  # [..., 3, N], lengths of the blocks
-    possible: jax.Array  # bool [..., N], there is such a block, and all its items are still to be placed
-    uses: jax.Array  # int16 [..., I', N], how many items of each kind a block uses; as many kinds as slots of items
+    block: jax.Array  # [..., 3, P], lengths of the blocks
+    possible: jax.Array  # bool [..., P], there is such a block, and all its items are still to be placed
+    uses: jax.Array  # int16 [..., I', P], how many items of each kind a block uses; as many kinds as slots of items
     kind: jax.Array  # int32 [..., I], of the items; 0 fills up
     waiting: jax.Array  # int32 [..., I], how many of the item's kind are still to be placed
 
@@ -304,7 +304,7 @@ def embed(config: Config, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Arr
     return spaces, items, pairs, space_space_relations(lower, upper), item_item_relations(item)
 
 
-def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax.Array:
+def space_item_relations(space, item, space_volume, item_volume, still_fits) -> jax.Array:
     """Relations of each (space, item) pair, [..., E, I, 12]: along each axis slack, exact fit, and whether the slack is
     the length of an item that still fits somewhere; whether two or three axes fit; share of the space's volume."""
     space, item = jnp.moveaxis(space, -1, 0), jnp.moveaxis(item, -1, 0)
@@ -312,51 +312,59 @@ def space_item_relations(space, item, space_volume, item_volume, waiting) -> jax
     fits = _equal_length(slack)
     num_fits = fits.sum(0)
     share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
-    lengths = jnp.where(waiting, item, jnp.inf)
+    lengths = jnp.where(still_fits, item, jnp.inf)
     refill = _any(_equal_length(slack - lengths[..., k, None, None]) for k in range(item.shape[-1]))
     features = [*slack, *fits, num_fits == 2, num_fits == 3, jnp.minimum(share, 2.0), *refill]
     return jnp.moveaxis(jnp.stack([x.astype(jnp.float32) for x in features], -3), -3, -1)
 
 
 def end_relations(tokens: Tokens) -> jax.Array:
-    """Relations of each (space, item) pair by what ends where in the space's lower corner, [..., E, I, 8]: along each
-    axis, whether the item ends where another space begins, and whether a block of other items fills what it leaves of
-    the space; whether a block that the item is part of fits into the space, and exactly so along two axes, or three."""
+    """Relations of each space and an item in its lower corner, [..., E, I, 10]: along each axis, whether the item ends
+    where another space begins, and whether a block of other items, as wide and high as the space, fills exactly what it
+    leaves of the space; whether a block that it is part of fits the space exactly along two axes, or three; and whether
+    such a block ends along two axes, or three, with the space or where another space begins."""
     lower, upper, item = (jnp.moveaxis(x, -1, 0) for x in (tokens.lower, tokens.upper, tokens.item))  # [3, ..., n]
-    end = lower[..., :, None] + item[..., None, :]  # [3, ..., E, I]
-    rest = upper[..., :, None] - end
     begins = jnp.where(tokens.legal.any(-1), lower, -1.0)
-    flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
 
-    def axes_that_fit(block: jax.Array) -> jax.Array:
-        """Axes along which a space has the length of a block [3, ..., M] that goes in, bool [3, ..., E, M]."""
-        slack = (upper - lower)[..., :, None] - block[..., None, :]
-        return _equal_length(slack) & (slack > -ev.EQUAL).all(0)
+    def in_corner(box: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What boxes [3, ..., C] leave of a space, [3, ..., E, C], and whether they end where another space begins."""
+        end = lower[..., :, None] + box[..., None, :]
+        flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
+        return upper[..., :, None] - end, flush & (box[..., None, :] > 0)
 
-    as_bits = lambda x: (x * 2 ** jnp.arange(CHUNK)).sum(-1)  # Bool [..., M] -> int32 [...]
+    def fitting_axes(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Axes along which blocks [3, ..., C] that go into a space are as long as it, bool [3, ..., E, C], and those
+        along which they end with the space or where another one begins."""
+        rest, flush = in_corner(block)
+        x, y, z = rest > -ev.EQUAL
+        return _equal_length(rest) & x & y & z, (_equal_length(rest) | flush) & x & y & z
 
-    # Few blocks fit a space along two axes. These alone are compared with the items, a chunk at a time.
-    fits_somewhere = (axes_that_fit(jnp.moveaxis(tokens.block, -2, 0)).sum(0) >= 2).any(-2) & tokens.possible
-    rank = jnp.cumsum(fits_somewhere, -1)
+    as_bits = lambda x: (x * 2 ** jnp.arange(CHUNK)).sum(-1)  # Bool [..., C] -> int32 [...]
+    along_two = lambda x, y, z: (x & y) | (x & z) | (y & z)
+    rest, flush = in_corner(item)  # [3, ..., E, I]
+
+    # Few blocks end so along two axes. These alone are compared with the items, a chunk at a time.
+    ends = along_two(*fitting_axes(jnp.moveaxis(tokens.block, -2, 0))[1])  # [..., E, P]
+    rank = jnp.cumsum(_any(ends[..., k, :] for k in range(ends.shape[-2])) & tokens.possible, -1)
 
     def look_at_chunk(carry):
         start, fills, of_items = carry
         order = start + jnp.arange(CHUNK)
-        number = (rank[..., None] <= order).sum(-2, keepdims=True)  # [..., 1, M]; N, read as a block of length 0: none.
+        number = (rank[..., None] <= order).sum(-2, keepdims=True)  # [..., 1, C]; P, read as a block of length 0: none.
         take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
-        block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., M], [..., I', M]
-        uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, M]
-        fits = axes_that_fit(block)
-        x, y, z = fits
+        block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., C], [..., I', C]
+        uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, C]
+        (x, y, z), ends = fitting_axes(block)
         two_fit = as_bits(jnp.stack([y & z, x & z, x & y]))[..., None]  # [3, ..., E, 1]
-        of_blocks = as_bits(jnp.stack([fits.sum(0) >= least for least in (2, 3)]))[..., None]  # [2, ..., E, 1]
+        of_blocks = as_bits(jnp.stack([along_two(x, y, z), x & y & z, along_two(*ends), ends[0] & ends[1] & ends[2]]))
         is_beside, is_in = (as_bits(x)[..., None, :] for x in (uses < tokens.waiting[..., None], uses > 0))
         fitting = two_fit & is_beside  # [3, ..., E, I]
         for m in range(CHUNK):
             fills |= _equal_length(rest - block[..., m, None, None]) & ((fitting & 2**m) > 0)
-        return start + CHUNK, fills, of_items | ((of_blocks & is_in) > 0)
+        return start + CHUNK, fills, of_items | ((of_blocks[..., None] & is_in) > 0)
 
-    most, init = rank[..., -1].max(initial=0), (0, jnp.zeros_like(flush), jnp.zeros_like(flush[:2]))
+    most, none = rank[..., -1].max(initial=0), jnp.zeros_like(flush)
+    init = 0, none, jnp.concatenate([none, none[:1]])
     _, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
     return jnp.moveaxis(jnp.concatenate([flush, fills, of_items]), 0, -1).astype(jnp.float32)
 

@@ -97,7 +97,7 @@ BUDGET_KEYS = dict(
 )
 LIMITS = (0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0)  # Seconds of a planner for each instance that greedy play fails.
 OWN_KEYS = ("seed", "save_dir", "resume", "overwrite", "compilation_cache_dir", "wandb_project")
-CURVE = ("decisions", "hours", "utilisation")
+CURVE = ("decisions", "hours", "utilisation", "filled")
 PLAY = "python evaluate.py checkpoints/search_distill_cpu.pkl checkpoints/ppo_cpu.pkl"
 METHODS = {"search_distill": "search distillation", "ppo": "PPO"}
 
@@ -121,11 +121,15 @@ def collect(folder: Path) -> dict:
         changed = [key for key, value in config.items() if key not in OWN_KEYS and value != expected[key]]
         if changed:
             sys.exit(f"{run_dir}: expected a run of preset=cpu, got one with other values of {', '.join(changed)}")
-        row = evaluate.read_log(run_dir / "metrics.jsonl")[-1]
+        log = evaluate.read_log(run_dir / "metrics.jsonl")
+        row = log[-1]
         if row["iteration"] != config["max_num_iters"]:
             sys.exit(f"{run_dir}: expected a finished run, got one that stands at iteration {row['iteration']}")
-        curve = [dict(zip(CURVE, point)) for point in evaluate.read_curve(run_dir).tolist()]
-        last = {key: value for key, value in row.items() if key.startswith(("eval/", "rollout/"))}
+        filled = [row["eval/greedy/solved_rate"] for row in log[1:] if "eval/greedy/solved_rate" in row]
+        points = zip(evaluate.read_curve(run_dir).tolist(), filled, strict=True)
+        curve = [dict(zip(CURVE, (*point, share))) for point, share in points]
+        of_interest = ("iteration", "frames", "hours", "eval/", "rollout/")
+        last = {key: value for key, value in row.items() if key.startswith(of_interest)}
         runs.append(dict(seed=config["seed"], last=last, curve=curve))
     if not runs:
         sys.exit(f"{folder}: expected a folder that holds seed_*, got none")
@@ -629,7 +633,7 @@ def with_tables(name: str) -> str:
 
 def draw(results: dict) -> None:
     """The curves of all runs."""
-    points = lambda run: np.array([[point[key] for key in CURVE] for point in run["curve"]])
+    points = lambda run: np.array([[point[key] for key in CURVE[:3]] for point in run["curve"]])
     groups = {
         f"{METHODS[method]}, {device}": [points(run) for run in runs]
         for device, of_device in by_device(results).items()

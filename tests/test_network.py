@@ -142,19 +142,20 @@ def test_a_pair_is_told_what_blocks_of_other_items_would_fill(axis):
         tokens = script.gather_tokens(observe(items, placed), (2, len(items)))
         return script.end_relations(tokens)[0].astype(int).tolist()
 
-    # Ends where another space begins, by axis; the rest is filled, by axis; part of a block that fits two, three axes.
+    # Ends where another space begins, by axis; the rest is filled, by axis; part of a block that fits two, three axes;
+    # or that ends so: where no other space begins, this is the same.
     filled, nothing = np.roll([1, 0, 0], axis).tolist(), [0, 0, 0]
-    assert relations(items, False, False, False) == [nothing + filled + [1, 1]] * 3  # A beside B or C, too.
-    assert relations(items, False, True, False)[0] == nothing + nothing + [1, 0]  # Without B nothing fills beside A.
-    assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0]] * 2  # Tokens are B and C then.
+    assert relations(items, False, False, False) == [nothing + filled + [1, 1] * 2] * 3  # A beside B or C, too.
+    assert relations(items, False, True, False)[0] == nothing + nothing + [1, 0] * 2  # Without B nothing fills beside A.
+    assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0] * 2] * 2  # Tokens are B and C then.
     half = np.roll([[0.5, 1.0, 1.0]] * 2, axis, 1).tolist()
-    assert relations(half, False, False) == [nothing + filled + [1, 1]] * 2
-    assert relations(half, False, True)[0] == nothing + nothing + [1, 0]  # No item stands beside itself.
+    assert relations(half, False, False) == [nothing + filled + [1, 1] * 2] * 2
+    assert relations(half, False, True)[0] == nothing + nothing + [1, 0] * 2  # No item stands beside itself.
 
 
 def test_no_block_is_left_out_however_many_fit(observations):
-    """All blocks against all (space, item) pairs at once, in numpy. In some of these states no block fits a space along
-    two axes, in others more than three chunks do."""
+    """All blocks against all (space, item) pairs at once, in numpy. In some of these states no block ends along two axes
+    with a space or where another begins, in others more than three chunks do."""
     rows = jax.tree.map(lambda x: np.asarray(x), observations)
     ems, legal, block = rows.ems, rows.action_mask, rows.blocks.length[:, :, :, None, None]  # [B, 3, N, 1, 1]
     lower, upper = (np.stack([getattr(ems, f"{axis}{end}") for axis in "xyz"], 1) for end in (1, 2))
@@ -171,13 +172,16 @@ def test_no_block_is_left_out_however_many_fit(observations):
     same = np.abs(slack) < evaluate.EQUAL
     others = np.stack([same[:, [1, 2]].all(1), same[:, [0, 2]].all(1), same[:, [0, 1]].all(1)], 1)
     fills = others & (np.abs(space - item - block) < evaluate.EQUAL) & (inside & (uses < waiting))[:, None]
-    of_items = [inside & (same.sum(1) >= least) & (uses > 0) for least in (2, 3)]
-    expected = np.concatenate([fills.any(2), np.stack([x.any(1) for x in of_items], 1)], 1)  # [B, 5, E, I]
+    end = lower[:, :, None, :, None] + block  # [B, 3, N, E, 1]
+    begins = np.where(legal.any(2)[:, None], lower, np.nan)[:, :, None, None]  # [B, 3, 1, 1, E]
+    ends = same | (np.abs(end - begins) < evaluate.EQUAL).any(-1, keepdims=True) & (block > 0)
+    of_items = [inside & (x.sum(1) >= least) & (uses > 0) for x in (same, ends) for least in (2, 3)]
+    expected = np.concatenate([fills.any(2), np.stack([x.any(1) for x in of_items], 1)], 1)  # [B, 7, E, I]
     tokens = script.gather_tokens(rows, legal.shape[1:])
     spaces, items = (np.maximum(np.cumsum(legal.any(axis), -1) - 1, 0) for axis in (2, 1))
     found = np.asarray(script.end_relations(tokens))[row[..., None], spaces[:, :, None], items[:, None]]
     np.testing.assert_array_equal(np.moveaxis(found[..., 3:], -1, 1) * legal[:, None], expected * legal[:, None])
-    number = ((same.sum(1) >= 2) & inside & legal.any(2)[:, None, :, None]).any((2, 3)).sum(1)
+    number = ((ends.sum(1) >= 2) & inside & legal.any(2)[:, None, :, None]).any((2, 3)).sum(1)
     assert number.min() == 0 and number.max() > 3 * script.CHUNK
 
 

@@ -18,6 +18,7 @@ import exact_solver
 import planners
 import sizes
 import study
+import supervised
 
 
 @pytest.mark.parametrize("variant", study.VARIANTS, ids=lambda variant: variant.name)
@@ -104,3 +105,25 @@ def test_all_that_the_study_of_sizes_plans_was_measured():
     }
     assert found == planned
     assert all(len(row["commit"]) == 40 for row in results["rows"])
+
+
+def test_play_that_agrees_with_a_solution_fills_the_container():
+    """Of any network: each mirror image starts with an item of its own in the corner, and what is taught is legal."""
+    config, _ = evaluate.parse_command_line(["preset=cpu"], script.Config, script.PRESETS)
+    env, network = supervised.make_solved_env(config), script.make_network(config)
+    params = script.init_train_state(env, network, config).params
+    played = jax.jit(script.make_rollout(env, supervised.make_guided_policy(env, network, config)))(
+        params, evaluate.evaluation_keys(0, 16)
+    )
+    assert played.solved.mean() > 0.9
+    agrees = np.asarray(played.decision) & np.asarray(played.mask)[..., None]
+    assert (agrees <= np.asarray(script.legal_actions(played.observation))).all()
+    assert agrees[played.solved].any(-1).sum() == np.asarray(played.mask)[played.solved].sum()
+    firsts = agrees[:, 0].sum(-1)
+    assert firsts.min() > 1 and firsts.max() <= len(supervised.MIRRORED)
+
+    rows = jax.tree.map(lambda x: x[:, 0], supervised.Rows(played.observation, agrees, agrees.any(-1)))
+    loss, _ = supervised.make_loss(network, config)(None, params, rows)
+    logits, _ = network.apply(params, None, rows.observation)
+    expected = -np.log((np.asarray(jax.nn.softmax(logits)) * rows.agrees).sum(-1)).sum() / config.training_batch_size
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
