@@ -123,9 +123,7 @@ class Config(ev.Sizes):
             raise ValueError(f"{what}, none twice; for example token_sizes=[[8,12],[40,20]]")
         rows, last = self.rollout_batch_size * self.max_decisions, self.max_num_iters
         if self.training_batch_size > rows:
-            what = (
-                f"expected at most {self.max_decisions} x rollout_batch_size = {rows}, the decisions of one iteration"
-            )
+            what = f"expected at most {self.max_decisions} x rollout_batch_size = {rows}, an iteration's decisions"
             raise ValueError(f"training_batch_size={self.training_batch_size}: {what}; type training_batch_size={rows}")
         if 0 < self.learning_rate_decay_iters < last:
             what = f"learning_rate_decay_iters={self.learning_rate_decay_iters}: expected 0 or at least max_num_iters"
@@ -349,8 +347,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
 
     def look_at_chunk(carry):
         start, fills, of_items = carry
-        order = start + jnp.arange(CHUNK)
-        number = (rank[..., None] <= order).sum(-2, keepdims=True)  # [..., 1, C]; P, read as a block of length 0: none.
+        number = (rank[..., None] <= start + jnp.arange(CHUNK)).sum(-2, keepdims=True)  # [..., 1, C]; P: of length 0
         take = functools.partial(jnp.take_along_axis, indices=number, axis=-1, mode="fill", fill_value=0)
         block, uses = jnp.moveaxis(take(tokens.block), -2, 0), take(tokens.uses)  # [3, ..., C], [..., I', C]
         uses = jnp.take_along_axis(uses, tokens.kind[..., None], -2, mode="fill", fill_value=0)  # [..., I, C]
@@ -365,8 +362,8 @@ def end_relations(tokens: Tokens) -> jax.Array:
 
     most, none = rank[..., -1].max(initial=0), jnp.zeros_like(flush)
     init = 0, none, jnp.concatenate([none, none[:1]])
-    _, fills, of_items = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
-    return jnp.moveaxis(jnp.concatenate([flush, fills, of_items]), 0, -1).astype(jnp.float32)
+    _, *related = jax.lax.while_loop(lambda carry: carry[0] < most, look_at_chunk, init)
+    return jnp.moveaxis(jnp.concatenate([flush, *related]), 0, -1).astype(jnp.float32)
 
 
 def space_space_relations(lower, upper) -> jax.Array:
@@ -395,9 +392,7 @@ def _any(arrays: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.logical_or, arrays)
 
 
-def transformer_layer(
-    config: Config, spaces, items, legal, pairs, space_pairs, item_pairs
-) -> tuple[jax.Array, jax.Array]:
+def transformer_layer(config, spaces, items, legal, pairs, space_pairs, item_pairs) -> tuple[jax.Array, jax.Array]:
     """Attention among spaces and among items, attention across along legal actions, and an MLP for each."""
     num_heads, width = config.transformer_num_heads, spaces.shape[-1]
     heads = functools.partial(_heads, num_heads=num_heads, key_size=config.transformer_key_size)
@@ -485,10 +480,8 @@ def value_head(spaces, items, hidden_sum, tokens: Tokens) -> jax.Array:
     pooled = [(spaces * legal.any(-1)[..., None]).sum(-2), (items * legal.any(-2)[..., None]).sum(-2), hidden_sum]
     counts = legal.any(-1).sum(-1), legal.any(-2).sum(-1), legal.sum((-1, -2))
     means = [x / jnp.maximum(count[..., None], 1) for x, count in zip(pooled, counts)]
-    fraction = jax.nn.sigmoid(
-        hk.nets.MLP([spaces.shape[-1], 1], name="value")(jnp.concatenate(means, -1))[..., 0] + 1.0
-    )
-    return tokens.open_volume * fraction
+    out = hk.nets.MLP([spaces.shape[-1], 1], name="value")(jnp.concatenate(means, -1))[..., 0]
+    return tokens.open_volume * jax.nn.sigmoid(out + 1.0)
 
 
 def make_network(config: Config) -> hk.Transformed:
@@ -619,7 +612,6 @@ class Trajectory(NamedTuple):
 def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Trajectory]:
     """Returns rollout(params, keys [B, 2]) -> Trajectory. An episode is a function of params and key alone, up to the
     rounding of the network, whose size depends on the whole batch. A key of NO_INSTANCE gives padding alone."""
-
     num_steps = env.generator.max_num_items - 1  # T, the most items that an instance has.
 
     def play(params: Any, key: jax.Array) -> Trajectory:
@@ -636,8 +628,7 @@ def make_rollout(env: BinPack, policy: Policy) -> Callable[[Any, jax.Array], Tra
             row = (observation, decision, timestep.reward, has_legal_action(observation))
             return (state, timestep.observation, memory), row
 
-        init = (state, observation, memory)
-        (state, _, _), rows = jax.lax.scan(step, init, jnp.arange(num_steps))
+        (state, _, _), rows = jax.lax.scan(step, (state, observation, memory), jnp.arange(num_steps))
         return Trajectory(*rows, solved=(state.items_placed | ~state.items_mask).all())
 
     return jax.vmap(play, in_axes=(None, 0))

@@ -75,7 +75,7 @@ def test_the_readme_is_short_and_begins_with_what_one_needs_first():
 
 
 def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files(capsys):
-    """The lines are printed by the script itself. The file has the minutes of collecting and learning."""
+    """The lines are printed by the script itself."""
     results, floors = (json.loads(path.read_text()) for path in (collect_results.RESULTS, collect_results.FLOORS))
     mean = lambda method, key: collect_results.mean_and_error(
         [100 * run["last"][f"eval/{key}"] for run in collect_results.of_method(results, method)]
@@ -105,6 +105,8 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     search = f"four simulations pack {100 * searched['utilisation']:.1f} % in {searched['seconds']:.1f} s"
     assert f"{search}, where the solver packs {100 * solver['utilisation']:.1f} % in a minute" in README
     assert {len(row["returns"]) for row in sizes["rows"]} == {256}
+    fifty = json.loads((collect_results.RESULTS.parent / "fifty_items.json").read_text())
+    assert f"today's fills more by itself, {100 * fifty['rows'][0]['solved_rate']:.0f} % at 50 items" in README
 
     group = [group for group in results["groups"] if group["method"] == "search_distill"][-1]
     first = next(run for run in group["runs"] if run["seed"] == 0)
