@@ -146,16 +146,18 @@ def test_a_pair_is_told_what_blocks_of_other_items_would_fill(axis):
     # or that ends so: where no other space begins, this is the same.
     filled, nothing = np.roll([1, 0, 0], axis).tolist(), [0, 0, 0]
     assert relations(items, False, False, False) == [nothing + filled + [1, 1] * 2] * 3  # A beside B or C, too.
-    assert relations(items, False, True, False)[0] == nothing + nothing + [1, 0] * 2  # Without B nothing fills beside A.
-    assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0] * 2] * 2  # Tokens are B and C then.
+    assert (
+        relations(items, False, True, False)[0] == nothing + nothing + [1, 0] * 2
+    )  # Without B nothing fills beside A.
+    assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0] * 2] * 2  # B and C are tokens.
     half = np.roll([[0.5, 1.0, 1.0]] * 2, axis, 1).tolist()
     assert relations(half, False, False) == [nothing + filled + [1, 1] * 2] * 2
     assert relations(half, False, True)[0] == nothing + nothing + [1, 0] * 2  # No item stands beside itself.
 
 
 def test_no_block_is_left_out_however_many_fit(observations):
-    """All blocks against all (space, item) pairs at once, in numpy. In some of these states no block ends along two axes
-    with a space or where another begins, in others more than three chunks do."""
+    """All blocks against all (space, item) pairs at once, in numpy. In some of these states no block ends along two
+    axes with a space or where another begins, in others more than three chunks do."""
     rows = jax.tree.map(lambda x: np.asarray(x), observations)
     ems, legal, block = rows.ems, rows.action_mask, rows.blocks.length[:, :, :, None, None]  # [B, 3, N, 1, 1]
     lower, upper = (np.stack([getattr(ems, f"{axis}{end}") for axis in "xyz"], 1) for end in (1, 2))
