@@ -384,7 +384,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
         """What boxes [3, ..., C] leave of a space, [3, ..., E, C], and whether they end where another space begins."""
         end = lower[..., :, None] + box[..., None, :]
         flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
-        return upper[..., :, None] - end, flush & (box[..., None, :] > 0)
+        return upper[..., :, None] - end, flush
 
     def fitting_axes(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Axes along which blocks [3, ..., C] that go into a space are as long as it, bool [3, ..., E, C], and those

@@ -176,7 +176,7 @@ def test_no_block_is_left_out_however_many_fit(observations):
     fills = others & (np.abs(space - item - block) < evaluate.EQUAL) & (inside & (uses < waiting))[:, None]
     end = lower[:, :, None, :, None] + block  # [B, 3, N, E, 1]
     begins = np.where(legal.any(2)[:, None], lower, np.nan)[:, :, None, None]  # [B, 3, 1, 1, E]
-    ends = same | (np.abs(end - begins) < evaluate.EQUAL).any(-1, keepdims=True) & (block > 0)
+    ends = same | (np.abs(end - begins) < evaluate.EQUAL).any(-1, keepdims=True)
     of_items = [inside & (x.sum(1) >= least) & (uses > 0) for x in (same, ends) for least in (2, 3)]
     expected = np.concatenate([fills.any(2), np.stack([x.any(1) for x in of_items], 1)], 1)  # [B, 7, E, I]
     tokens = script.gather_tokens(rows, legal.shape[1:])
