@@ -547,6 +547,7 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
     together and cost nothing; what they get means nothing. `by_size=False`: one size for all. Not differentiable."""
 
     @jax.custom_batching.custom_vmap
+    @jax.jit  # Traced once, however often `vmap` asks.
     def run_batch(params, *batch):
         observation, num_rows = batch[0], len(batch[0].action_mask)
         num_parts = num_rows // rows_of_a_part(num_rows, observation)
