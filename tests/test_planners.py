@@ -27,7 +27,7 @@ def endgames(played):
 @pytest.fixture(scope="module")
 def checkpoint(env, config, params):
     """With passes of the size of endgames."""
-    config = config.model_copy(update=dict(token_sizes=((4, 4), (8, 12), (40, 20))))
+    config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     network = script.make_network(config)
     return evaluate.Checkpoint(Path("x.pkl"), script.METHOD, 0, 0, config, config, params, script, env, network)
 
@@ -37,11 +37,11 @@ def returns_of(env, checkpoint, params, endgames):
     """(name, words) -> what a planner packs from each endgame, [16], and its moves [16, 3]."""
 
     @functools.cache
-    def returns_of(name: str, **words):
-        attempts, _ = evaluate.make_attempts(name, checkpoint, [], evaluate.Config(**words))
-        policy = attempts[-1][0]
+    def player(name: str, **words):
+        def play(epsilon, state, observation):
+            config = evaluate.Config(**words).model_copy(update=dict(epsilon=epsilon))
+            policy = evaluate.make_attempts(name, checkpoint, [], config)[0][-1][0]
 
-        def play(state, observation):
             def move(carry, key):
                 state, observation, memory = carry
                 action, _, memory = policy.act(params, key, state, observation, memory)
@@ -52,7 +52,10 @@ def returns_of(env, checkpoint, params, endgames):
             _, (actions, rewards) = jax.lax.scan(move, init, jax.random.split(jax.random.PRNGKey(0), 3))
             return rewards.sum(), actions
 
-        return jax.tree.map(np.asarray, jax.jit(jax.vmap(play))(*endgames))
+        return jax.jit(jax.vmap(play, (None, 0, 0)))
+
+    def returns_of(name: str, epsilon: float = 1e-6, **words):
+        return jax.tree.map(np.asarray, player(name, **words)(epsilon, *endgames))
 
     return returns_of
 
@@ -152,7 +155,7 @@ def test_fine_tuning_changes_the_parameters_that_it_names(
 
 
 def test_fine_tuning_plays_checkpoints_and_only_adds_to_greedy_play(ppo_run, tmp_path, monkeypatch):
-    """From the command line. `test_own_items.py` has the other planners so."""
+    """From the command line, as `test_own_items.py` plays by search and beam."""
     monkeypatch.setattr(evaluate, "instances_at_a_time", lambda: 8)
     small = "num_updates=1", "num_rollouts=4", "horizon=2", "num_episodes=8"
     rows = run(tmp_path, ppo_run / "iter_000001.pkl", "policy=greedy,rl_search", *small)["rows"]

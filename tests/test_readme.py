@@ -182,7 +182,7 @@ def test_command_runs_as_written(command, tmp_path):
     for file in (name, "evaluate.py"):  # A copied experiment is the script and evaluate.py.
         shutil.copy(ROOT / file, tmp_path)
     full = command == "train_search_distill_binpack.py"
-    few = "rollout_batch_size=4 training_batch_size=32 token_sizes=[[40,20]]"
+    few = "rollout_batch_size=2 training_batch_size=32 token_sizes=[[40,20]]"
     command = [sys.executable, name, *words, *FEW, *few.split()]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr

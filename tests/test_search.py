@@ -171,19 +171,13 @@ def test_search_improves_expected_q_at_every_state(env, network, config, params,
     assert (gain > -1e-6).all() and gain.max() > 1e-4
 
 
-@pytest.mark.parametrize("plays", [False, True])
-def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, played):
-    """What a search hands on as the next root is what evaluating that state anew gives, though a completion that meets
-    the root's is not played on. In playing, a root whose completion places every item is played greedily."""
-    states, observations = rows(played, script.has_legal_action(played[1]))
-    states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
+@pytest.fixture(scope="module")
+def carry(env, network, config, params):
+    """(plays, keys, states, observations) -> what a search hands on, and what evaluating that state anew gives."""
     config = config.model_copy(update=dict(leaf_value="completion"))
-    states = states.replace(
-        items_mask=states.items_placed | observations.action_mask.any(1)
-    )  # So that some are solved.
-    policy = script.make_search_policy(env, network, config, 4, 0.0 if plays else 1.0, plays)
 
-    def carry(key, state, observation):
+    def carry(plays, key, state, observation):
+        policy = script.make_search_policy(env, network, config, 4, jnp.where(plays, 0.0, 1.0), plays)
         root = policy.start(params, state, observation)
         action, _, carried = policy.act(params, key, state, observation, root)
         state, timestep = script.step_flat(env, state, action)
@@ -191,8 +185,19 @@ def test_the_carried_root_equals_a_new_one(plays, env, network, config, params, 
         is_greedy = action == root.actions[0]
         return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.line.solved
 
+    return jax.jit(jax.vmap(carry, (None, 0, 0, 0)))
+
+
+@pytest.mark.parametrize("plays", [False, True])
+def test_the_carried_root_equals_a_new_one(plays, carry, played):
+    """What a search hands on as the next root is what evaluating that state anew gives, though a completion that meets
+    the root's is not played on. In playing, a root whose completion places every item is played greedily."""
+    states, observations = rows(played, script.has_legal_action(played[1]))
+    states, observations = jax.tree.map(lambda x: x[:64], (states, observations))
+    some_solved = states.items_placed | observations.action_mask.any(1)
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
-    carried, fresh, goes_on, is_greedy, solved = jax.jit(jax.vmap(carry))(keys, states, observations)
+    found = carry(plays, keys, states.replace(items_mask=some_solved), observations)
+    carried, fresh, goes_on, is_greedy, solved = found
     assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
     assert 5 < int((is_greedy & goes_on).sum()) < int(goes_on.sum()) and 0 < int(solved.sum()) < 64
     assert is_greedy[solved].all() if plays else not is_greedy[solved].all()
