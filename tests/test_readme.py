@@ -111,6 +111,9 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
         f"today's fills more by itself, {100 * fifty:.0f} % at 50 items, and {100 * further:.0f} % when it is trained"
     )
     assert alone in README
+    hour = json.loads((ROOT / "tests/studies/hour.json").read_text())["runs"]
+    filled = [f"{100 * run['last']['eval/greedy/solved_rate']:.1f}" for run in hour]
+    assert f"After an hour the network alone fills {' and '.join(filled)} % of these containers" in README
 
     group = [group for group in results["groups"] if group["method"] == "search_distill"][-1]
     first = next(run for run in group["runs"] if run["seed"] == 0)
