@@ -243,8 +243,8 @@ def runs_table(results: dict) -> str:
     """Where the figures of the networks come from."""
     runs = of_method(results, "search_distill")
     errors = [100 * run["last"]["eval/greedy/avg_return_se"] for group in results["groups"] for run in group["runs"]]
-    minutes = 60 * max(run["curve"][0]["hours"] for run in runs)
-    least = 100 * min(run["curve"][0]["utilisation"] for run in runs)
+    minutes = math.ceil(600 * max(run["curve"][0]["hours"] for run in runs)) / 10
+    least = math.floor(1000 * min(run["curve"][0]["utilisation"] for run in runs)) / 10
     commands = " and ".join(dict.fromkeys(f"`{group['command']}`" for group in results["groups"]))
     lines = [
         f"- Commands: {commands}, with {where(results)}. Machines round differently, so a seed gives another run"
@@ -255,8 +255,8 @@ def runs_table(results: dict) -> str:
         " much of it then comes from the cache.",
         "- With search on top, the search plays the instances that the network alone does not fill. The better of the"
         " two episodes counts.",
-        f"- The first evaluation comes after {minutes:.1f} minutes at most. By then the network of search distillation"
-        f" packs at least {least:.1f} % in every run.",
+        f"- The first evaluation comes after {minutes} minutes at most. By then the network of search distillation"
+        f" packs at least {least} % in every run.",
     ]
     return "\n".join(lines)
 
