@@ -146,9 +146,8 @@ def test_a_pair_is_told_what_blocks_of_other_items_would_fill(axis):
     # or that ends so: where no other space begins, this is the same.
     filled, nothing = np.roll([1, 0, 0], axis).tolist(), [0, 0, 0]
     assert relations(items, False, False, False) == [nothing + filled + [1, 1] * 2] * 3  # A beside B or C, too.
-    assert (
-        relations(items, False, True, False)[0] == nothing + nothing + [1, 0] * 2
-    )  # Without B nothing fills beside A.
+    # Without B nothing fills beside A.
+    assert relations(items, False, True, False)[0] == nothing + nothing + [1, 0] * 2
     assert relations(items, True, False, False)[:2] == [nothing + nothing + [1, 0] * 2] * 2  # B and C are tokens.
     half = np.roll([[0.5, 1.0, 1.0]] * 2, axis, 1).tolist()
     assert relations(half, False, False) == [nothing + filled + [1, 1] * 2] * 2

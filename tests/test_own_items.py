@@ -97,7 +97,7 @@ def test_two_files_by_several_policies(tmp_path, capsys):
     big.write_text(HEADER + "Crate,600,500,500,4\nTube,1000,200,200,3\n")
     small.write_text(HEADER + "Crate,500,400,400,2\nCube,300,300,300,1\n")
     words = f"instances=[{big},{small}]", "container=1000,1000,900", "max_num_ems=12", "obs_num_ems=12"
-    policies = "greedy,search,beam,random,largest_first,lookahead"
+    policies = "greedy,search,one_ply,beam,random,largest_first,lookahead"
     few = "n=2", "beam_width=2", "num_simulations=2", "leaf_value=network"
     rows = run(tmp_path, SHIPPED, *words, *few, f"policy={policies}", f"plan={plan}", f"render={tmp_path}/a.png")
     assert [(row["policy"], row["file"]) for row in rows] == [
@@ -111,7 +111,7 @@ def test_two_files_by_several_policies(tmp_path, capsys):
         used = check(found[path.name], items_of(path), (1000, 1000, 900))
         assert used == pytest.approx(best, abs=1e-12)
     packed = {(row["policy"], row["file"]): row["utilisation"] for row in rows}
-    for policy in "search", "beam":
+    for policy in "search", "one_ply", "beam":
         assert all(packed[policy, path.name] >= packed["greedy", path.name] for path in (big, small))
     assert all(row["left_out"] == {} for row in rows if row["file"] == "small.csv" and row["policy"] != "random")
     assert capsys.readouterr().out.count("nothing") >= 4

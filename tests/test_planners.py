@@ -155,7 +155,7 @@ def test_fine_tuning_changes_the_parameters_that_it_names(
 
 
 def test_fine_tuning_plays_checkpoints_and_only_adds_to_greedy_play(ppo_run, tmp_path, monkeypatch):
-    """From the command line, as `test_own_items.py` plays by search and beam."""
+    """From the command line, as `test_own_items.py` plays by the other planners."""
     monkeypatch.setattr(evaluate, "instances_at_a_time", lambda: 8)
     small = "num_updates=1", "num_rollouts=4", "horizon=2", "num_episodes=8"
     rows = run(tmp_path, ppo_run / "iter_000001.pkl", "policy=greedy,rl_search", *small)["rows"]

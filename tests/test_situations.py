@@ -181,7 +181,7 @@ def test_training_is_the_same(situation, undisturbed, tmp_path):
 
 @situations(SETTINGS, "preset=cpu is traced, compiled and played", "JAX_ENABLE_X64=1, the preset's search")
 def test_the_search_of_the_preset_runs_with_64_bits(situation, tmp_path):
-    words = ["leaf_value=completion", "value_scale=0.5"]
+    words = ["leaf_value=completion", "value_scale=0.5", "token_sizes=[[8,12],[40,20]]"]
     with jax_set("JAX_ENABLE_X64=1"):
         assert train(tmp_path, "max_num_iters=1", *words) == 0 and is_whole(tmp_path, last=1)
 
