@@ -30,7 +30,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
@@ -310,8 +310,7 @@ def space_item_relations(space, item, space_volume, item_volume, still_fits) -> 
     fits = _equal_length(slack)
     num_fits = fits.sum(0)
     share = item_volume[..., None, :] / jnp.maximum(space_volume[..., :, None], 1e-6)
-    lengths = jnp.where(still_fits, item, jnp.inf)
-    refill = _any(_equal_length(slack - lengths[..., k, None, None]) for k in range(item.shape[-1]))
+    refill = _equals_any(slack, jnp.where(still_fits, item, jnp.inf))
     features = [*slack, *fits, num_fits == 2, num_fits == 3, jnp.minimum(share, 2.0), *refill]
     return jnp.moveaxis(jnp.stack([x.astype(jnp.float32) for x in features], -3), -3, -1)
 
@@ -327,8 +326,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
     def in_corner(box: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What boxes [3, ..., C] leave of a space, [3, ..., E, C], and whether they end where another space begins."""
         end = lower[..., :, None] + box[..., None, :]
-        flush = _any(_equal_length(end - begins[..., k, None, None]) for k in range(begins.shape[-1]))
-        return upper[..., :, None] - end, flush
+        return upper[..., :, None] - end, _equals_any(end, begins)
 
     def fitting_axes(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Axes along which blocks [3, ..., C] that go into a space are as long as it, bool [3, ..., E, C], and those
@@ -343,7 +341,7 @@ def end_relations(tokens: Tokens) -> jax.Array:
 
     # Few blocks end so along two axes. These alone are compared with the items, a chunk at a time.
     ends = along_two(*fitting_axes(jnp.moveaxis(tokens.block, -2, 0))[1])  # [..., E, P]
-    rank = jnp.cumsum(_any(ends[..., k, :] for k in range(ends.shape[-2])) & tokens.possible, -1)
+    rank = jnp.cumsum(functools.reduce(jnp.logical_or, jnp.moveaxis(ends, -2, 0)) & tokens.possible, -1)
 
     def look_at_chunk(carry):
         start, fills, of_items = carry
@@ -387,9 +385,13 @@ def _equal_length(difference: jax.Array) -> jax.Array:
     return jnp.abs(difference) < ev.EQUAL
 
 
-def _any(arrays: Iterable[jax.Array]) -> jax.Array:
-    """Where any is true: one pass over the pairs, where XLA's reduction on a CPU makes one for each array."""
-    return functools.reduce(jnp.logical_or, arrays)
+def _equals_any(length: jax.Array, others: jax.Array) -> jax.Array:
+    """Whether lengths [..., n, m] are among others [..., k]. Up to 20 in a pass: XLA vectorises no 40 on a CPU."""
+    count = others.shape[-1]
+    if (num_passes := -(-count // 20)) > 1:
+        parts = others[..., jnp.arange(-(-count // num_passes) * num_passes).reshape(num_passes, -1) % count]
+        return jax.lax.map(lambda part: _equals_any(length, part), jnp.moveaxis(parts, -2, 0)).any(0)
+    return functools.reduce(jnp.logical_or, (_equal_length(length - others[..., k, None, None]) for k in range(count)))
 
 
 def transformer_layer(config, spaces, items, legal, pairs, space_pairs, item_pairs) -> tuple[jax.Array, jax.Array]:
@@ -493,15 +495,14 @@ def make_network(config: Config) -> hk.Transformed:
 
 def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int, int], ...]:
     """The sizes that the network is compiled for on such observations: `token_sizes`, or where these are of instances
-    of another size, quarters, halves and all of the observation's spaces and items. With fewer pairs than 96 a pass
-    costs about the same."""
+    of another size, one to four quarters of the observation's spaces and items. With fewer pairs than 96 a pass costs
+    about the same."""
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    divisors = ((4, 4), (2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 1))  # (4, 2) and (2, 4) would save little more.
-    sizes = {tuple(-(-n // divisor) for n, divisor in zip(full, pair)) for pair in divisors}
-    sizes = {size for size in sizes if math.prod(size) >= 96 or size == full}
-    return tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
+    quarters = ((1, 1), (1, 2), (1, 4), (2, 2), (3, 2), (2, 4), (4, 4))  # Few rows have many spaces and few items.
+    sizes = dict.fromkeys(tuple(-(-n * share // 4) for n, share in zip(full, shares)) for shares in quarters)
+    return tuple(size for size in sizes if math.prod(size) >= 96 or size == full)
 
 
 def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
