@@ -551,12 +551,12 @@ def make_network(config: Config) -> hk.Transformed:
 
 def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int, int], ...]:
     """The sizes that the network is compiled for on such observations: `token_sizes`, or where these are of instances
-    of another size, one to four quarters of the observation's spaces and items. With fewer pairs than 96 a pass costs
-    about the same."""
+    of another size, a quarter, half or all of the observation's spaces and half or all of its items. Each size takes
+    seconds to compile, and with fewer pairs than 96 a pass costs about the same."""
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    quarters = ((1, 1), (1, 2), (1, 4), (2, 2), (3, 2), (2, 4), (4, 4))  # Few rows have many spaces and few items.
+    quarters = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4))  # Few rows have many spaces and few items.
     sizes = dict.fromkeys(tuple(-(-n * share // 4) for n, share in zip(full, shares)) for shares in quarters)
     return tuple(size for size in sizes if math.prod(size) >= 96 or size == full)
 
