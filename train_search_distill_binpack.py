@@ -442,7 +442,7 @@ def _equal_length(difference: jax.Array) -> jax.Array:
 
 
 def _equals_any(length: jax.Array, others: jax.Array) -> jax.Array:
-    """Whether lengths [..., n, m] are among others [..., k]. Up to 20 in a pass: XLA vectorises no 40 on a CPU."""
+    """Whether lengths [..., n, m] are among others [..., k], 20 at a time: XLA does not vectorise 40 on a CPU."""
     count = others.shape[-1]
     if (num_passes := -(-count // 20)) > 1:
         parts = others[..., jnp.arange(-(-count // num_passes) * num_passes).reshape(num_passes, -1) % count]

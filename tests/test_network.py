@@ -197,6 +197,15 @@ def test_equal_items_are_one_kind_of_which_a_row_takes_as_many_as_there_are():
     assert made == {(tuple(np.round(x, 3).tolist()), *n) for x, *n in rows}
 
 
+@pytest.mark.parametrize("count", [1, 20, 21, 45])
+def test_a_length_is_found_among_however_many(count):
+    """Each of them once, and one that none equals."""
+    others = np.arange(1, 2 * count + 1, dtype=np.float32).reshape(2, count) / 100  # Of two rows.
+    length = np.stack([others, others + 0.005], 1)  # [2, 2, count]
+    found = script._equals_any(jnp.array(length), jnp.array(others))
+    np.testing.assert_array_equal(found, np.broadcast_to([[[True], [False]]], found.shape))
+
+
 def test_spaces_are_told_where_others_begin_and_end():
     """The whole container, and what is left of it beside an item that is as long as 0.4 of it."""
     lower, upper = np.float32([[0, 0, 0], [0.4, 0, 0]]), np.ones((2, 3), np.float32)
