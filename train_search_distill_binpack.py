@@ -721,14 +721,14 @@ class Decision(NamedTuple):
 
 
 def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[..., Node]:
-    """Returns make_node(params, state, observation, line) -> Node, with the value that `leaf_value` names. A completion
-    that meets a state of the given line, usually the parent's, goes on like that line and is not played further: many
-    orders of the same moves lead to the same state."""
+    """Returns make_node(params, state, observation, lines) -> Node, with a value as `leaf_value` says. A completion that
+    meets one of the given lines, leaves [L, ...], goes on like it and is not played further: many orders of the
+    same moves lead to the same state."""
     predict = make_predict(network, config)
     depths = jnp.arange(env.generator.max_num_items)
     no_line = Line(jnp.zeros((len(depths), 2), jnp.uint32), jnp.zeros(len(depths)), jnp.array(False))
 
-    def network_node(params: Any, state: State, observation: Observation, line: Line = no_line) -> Node:
+    def network_node(params: Any, state: State, observation: Observation, lines: Line | None = None) -> Node:
         logits, value = predict(params, observation)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value, no_line)
@@ -738,27 +738,29 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
         state, timestep = jax.vmap(functools.partial(step_flat, env))(*rows)
         return state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
 
-    def completion_node(params: Any, state: State, observation: Observation, line: Line = no_line) -> Node:
+    def completion_node(params: Any, state: State, observation: Observation, lines: Line | None = None) -> Node:
         """The value is the return of playing greedily to the end; the first pass gives the prior."""
         start, blocks = state.items_placed.sum(), observation.blocks  # Large, and the same all along.
+        lines = jax.tree.map(lambda x: x[None], no_line) if lines is None else lines
 
         def body(carry):
             n, prior, state, observation, own, _ = carry
             logits, _ = predict(params, observation._replace(blocks=blocks))
             state, observation, reward, found = step((), observation, (state, argmax(logits)))
             own = own._replace(hash=own.hash.at[n + 1].set(found), reward=own.reward.at[n].set(reward))
-            meets = (found == line.hash[n + 1]).all()
-            observation = observation._replace(action_mask=observation.action_mask & ~meets)
+            meets = (lines.hash[:, n + 1] == found).all(-1)
+            observation = observation._replace(action_mask=observation.action_mask & ~meets.any())
             return n + 1, jnp.where(n == start, logits, prior), state, observation, own, meets
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
-        own = line._replace(hash=line.hash.at[start].set(ev.state_hash(state)))
-        init = start, prior, state.replace(blocks=None), observation._replace(blocks=None), own, jnp.array(False)
+        own = no_line._replace(hash=no_line.hash.at[start].set(ev.state_hash(state)))
+        init = start, prior, state.replace(blocks=None), observation._replace(blocks=None), own, lines.solved & False
         end, prior, state, _, own, meets = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
         logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
-        solved = jnp.where(meets, line.solved, (state.items_placed | ~state.items_mask).all())
-        exists = (depths < end) | meets
-        own = Line(jnp.where(exists[:, None], own.hash, 0), jnp.where(exists, own.reward, 0.0), solved)
+        rest = jax.tree.map(lambda x: x[meets.argmax()] * meets.any(), lines)
+        hashes = jnp.where(depths[:, None] < end, own.hash, rest.hash)
+        solved = rest.solved | (state.items_placed | ~state.items_mask).all()
+        own = Line(hashes, jnp.where(depths < end, own.reward, rest.reward), solved)
         value = (own.reward * config.discount ** (depths - start)).sum(where=depths >= start)
         return Node(actions, logits, value, own)
 
@@ -766,14 +768,24 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
 
 
 def make_child_function(env: BinPack, make_node: Callable, config: Config) -> Callable[..., tuple]:
-    """Returns make_child(params, state, node, index) -> (reward, discount, state, node) after its action `index`."""
+    """Returns make_child((params, lines), state, node, index) -> (reward, discount, state, node) after its action
+    `index`. Completions go on like the node's own line, or one of the given lines, where they meet it."""
 
-    def make_child(params: Any, state: State, node: Node, index: jax.Array):
+    def make_child(known: tuple[Any, Line], state: State, node: Node, index: jax.Array):
+        params, lines = known
         state, timestep = step_flat(env, state, node.actions[index])
-        child = make_node(params, state, timestep.observation, node.line)
+        lines = jax.tree.map(lambda x, others: jnp.concatenate([x[None], others]), node.line, lines)
+        child = make_node(params, state, timestep.observation, lines)
         return timestep.reward, config.discount * timestep.discount, state, child
 
     return make_child
+
+
+def first_memory(make_node: Callable, num_nodes: int, *of: Any) -> tuple[Node, Line]:
+    """The memory of a policy that searches `num_nodes`: the next root, and the lines of the last search's nodes, leaves
+    [n, ...]; before the first one the root's own. `of` is what make_node takes."""
+    root = make_node(*of)
+    return root, jax.tree.map(lambda x: jnp.broadcast_to(x, (num_nodes, *jnp.shape(x))), root.line)
 
 
 def make_search_policy(
@@ -783,7 +795,7 @@ def make_search_policy(
 
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
-    optimum. The memory is the next root: the chosen child has been evaluated by the search that chose it. A search
+    optimum. The memory has the next root: the chosen child has been evaluated by the search that chose it. A search
     that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item.
     """
     make_node = make_node_function(env, network, config)
@@ -796,20 +808,21 @@ def make_search_policy(
     )
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
-    def expand(params: Any, key: jax.Array, action: jax.Array, embedding: tuple):
+    def expand(known: tuple, key: jax.Array, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
         del key
         parent = jax.tree.map(lambda x: x[0], embedding)
-        reward, discount, state, node = make_child(params, *parent, action[0])
+        reward, discount, state, node = make_child(known, *parent, action[0])
         logits = jnp.where(looked_at(node), node.logits, MASKED)
         output = mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=logits, value=node.value)
         return jax.tree.map(lambda x: x[None], (output, (state, node)))
 
-    def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
+        root, lines = memory
         legal = legal_actions(observation)[root.actions] & looked_at(root)
         output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root))
         output = mctx.gumbel_muzero_policy(
-            params=params,
+            params=(params, lines),
             rng_key=key,
             root=jax.tree.map(lambda x: x[None], output),
             recurrent_fn=expand,
@@ -826,11 +839,11 @@ def make_search_policy(
         prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
         value = tree.node_values[0]
         decision = Decision(root.actions, output.action_weights, prior, output.action, value)
-        return root.actions[output.action], decision, next_node
+        return root.actions[output.action], decision, (next_node, tree.embeddings[1].line)
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
     # to the episode's own key, so that an episode does not depend on the device that plays it.
-    return Policy(act, start=make_node)
+    return Policy(act, functools.partial(first_memory, make_node, 1 + num_simulations))
 
 
 def make_playing_search(
@@ -869,12 +882,12 @@ def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
 
 
 def grow(
-    make_child: Callable, params: Any, tree: Tree, num_nodes: jax.Array, parents: jax.Array, indices: jax.Array
+    make_child: Callable, known: tuple, tree: Tree, num_nodes: jax.Array, parents: jax.Array, indices: jax.Array
 ) -> Tree:
     """Makes the children of [W] parents for the actions of these indices, evaluated together; the tree has `num_nodes`
     so far. Of a child that is made twice the last copy is kept."""
     states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
-    reward, discount, state, node = jax.vmap(make_child, (None, 0, 0, 0))(params, states, nodes, indices)
+    reward, discount, state, node = jax.vmap(make_child, (None, 0, 0, 0))(known, states, nodes, indices)
     new = num_nodes + jnp.arange(len(parents))
     rows = Tree(state, node, parents, tree.child[new], reward, discount, tree.visits[new], node.value)
     tree = jax.tree.map(lambda x, y: x.at[new].set(y), tree, rows)
@@ -931,7 +944,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         visits, values, _, _ = jax.lax.while_loop(lambda carry: carry[2] >= 0, body, init)
         return tree._replace(visits=visits, value=values)
 
-    def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
+        root, lines = memory
         act_key, noise_key, _ = jax.random.split(key, 3)
         legal, fraction = legal_actions(observation)[root.actions], config.dirichlet_fraction
         noise = jnp.where(legal, jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha)), 0.0)
@@ -942,7 +956,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         def simulate(i, tree):
             init = jnp.zeros(tree.child.shape), *jnp.zeros((2, workers), jnp.int32)
             _, parents, indices = jax.lax.fori_loop(0, workers, functools.partial(descend, tree), init)
-            tree = grow(make_child, params, tree, 1 + i * workers, parents, indices)
+            tree = grow(make_child, (params, lines), tree, 1 + i * workers, parents, indices)
             return jax.lax.fori_loop(0, workers, lambda w, tree: backup(tree, tree.child[parents[w], indices[w]]), tree)
 
         tree = start_tree(state, noisy, 1 + config.num_simulations)
@@ -952,9 +966,9 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         taken = jax.random.categorical(act_key, jnp.log(visits) / config.acting_temperature)
         next_node = jax.tree.map(lambda x: x[child[taken]], tree.node)
         decision = Decision(root.actions, visits / visits.sum(), prior, taken, tree.value[0])
-        return root.actions[taken], decision, next_node
+        return root.actions[taken], decision, (next_node, tree.node.line)
 
-    return Policy(act, start=make_node)
+    return Policy(act, functools.partial(first_memory, make_node, 1 + config.num_simulations))
 
 
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
@@ -971,7 +985,9 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
         logits = jnp.log(jnp.maximum(count[node], 1.0)) + child_values(tree, node) / config.soft_temperature
         return jnp.where(count[node] > 0, logits, MASKED)
 
-    def act(params: Any, key: jax.Array, state: State, observation: Observation, root: Node):
+    def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
+        root, lines = memory
+
         def rollout(i, carry):
             tree, count = carry
             sample_key, rollout_key = jax.random.split(jax.random.fold_in(key, i))
@@ -983,7 +999,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 
             leaf, depth = jax.lax.while_loop(lambda carry: count[carry[0]].any(), descend, (0, 0))
             samples = jax.random.categorical(sample_key, tree.node.logits[leaf], shape=(num_samples,))
-            grown = grow(make_child, params, tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
+            grown = grow(make_child, (params, lines), tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
             is_within = depth < config.search_depth
             tree = grown._replace(child=jnp.where(is_within, grown.child, tree.child))
             count = count.at[leaf, samples].add(jnp.where(is_within, 1.0, 0.0))
@@ -1004,9 +1020,9 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
         next_node = jax.tree.map(lambda x: x[tree.child[0, taken]], tree.node)
         prior = jax.nn.log_softmax(root.logits)
         decision = Decision(root.actions, jax.nn.softmax(logits), prior, taken, tree.value[0])
-        return root.actions[taken], decision, next_node
+        return root.actions[taken], decision, (next_node, tree.node.line)
 
-    return Policy(act, start=make_node)
+    return Policy(act, functools.partial(first_memory, make_node, 1 + num_rollouts * num_samples))
 
 
 def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
