@@ -785,7 +785,6 @@ def init_train_state(env: BinPack, network: hk.Transformed, config: Config) -> T
 def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
     """Row numbers of all minibatches of an iteration, int32 [S, M]: those of the mask alone, shuffled anew each epoch.
     An epoch has as many minibatches as all rows, padding included, would fill; a small mask repeats its rows."""
-
     size = config.training_batch_size
 
     def epoch(key):
@@ -965,13 +964,11 @@ def train_to_the_end(
     if progress.iteration != saved and not skipped_in_a_row:
         save()
     if skipped_in_a_row:
-        tqdm.tqdm.write(
-            f"Not saved after iteration {saved}: the last {skipped_in_a_row} updates were skipped as not finite."
-        )
+        why = f"the last {skipped_in_a_row} updates were skipped as not finite"
+        tqdm.tqdm.write(f"Not saved after iteration {saved}: {why}.")
     if stopped and progress.iteration < config.max_num_iters:
-        tqdm.tqdm.write(
-            f"Stopped at iteration {progress.iteration}; the same command with resume=auto (no overwrite) continues."
-        )
+        where = f"Stopped at iteration {progress.iteration}"
+        tqdm.tqdm.write(f"{where}; the same command with resume=auto (no overwrite) continues.")
     elif not skipped_in_a_row:
         tqdm.tqdm.write(f"Done: {run.checkpoint(saved)}")
 

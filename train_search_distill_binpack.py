@@ -720,15 +720,17 @@ class Decision(NamedTuple):
     value: jax.Array  # [], of the root after the search
 
 
-def make_node_function(env: BinPack, network: hk.Transformed, config: Config) -> Callable[..., Node]:
-    """Returns make_node(params, state, observation, lines) -> Node, with a value as `leaf_value` says. A completion that
-    meets one of the given lines, leaves [L, ...], goes on like it and is not played further: many orders of the
-    same moves lead to the same state."""
+def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, num_nodes: int) -> tuple:
+    """Returns start(params, state, observation) -> memory, and make_child((params, lines), state, node, index) ->
+    (reward, discount, state, node) after the node's action `index`. The memory of a search is its root and the lines of
+    the last search's nodes, leaves [num_nodes, ...]. A completion that meets one of these, or its parent's, goes on
+    like it and is not played further: many orders of the same moves lead to the same state."""
     predict = make_predict(network, config)
-    depths = jnp.arange(env.generator.max_num_items)
-    no_line = Line(jnp.zeros((len(depths), 2), jnp.uint32), jnp.zeros(len(depths)), jnp.array(False))
+    shape = num_nodes, env.generator.max_num_items
+    no_lines = Line(jnp.zeros((*shape, 2), jnp.uint32), jnp.zeros(shape), jnp.zeros(num_nodes, bool))
+    depths, no_line = jnp.arange(shape[1]), jax.tree.map(lambda x: x[0], no_lines)
 
-    def network_node(params: Any, state: State, observation: Observation, lines: Line | None = None) -> Node:
+    def network_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
         logits, value = predict(params, observation)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value, no_line)
@@ -738,10 +740,9 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
         state, timestep = jax.vmap(functools.partial(step_flat, env))(*rows)
         return state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
 
-    def completion_node(params: Any, state: State, observation: Observation, lines: Line | None = None) -> Node:
+    def completion_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
         """The value is the return of playing greedily to the end; the first pass gives the prior."""
         start, blocks = state.items_placed.sum(), observation.blocks  # Large, and the same all along.
-        lines = jax.tree.map(lambda x: x[None], no_line) if lines is None else lines
 
         def body(carry):
             n, prior, state, observation, own, _ = carry
@@ -764,28 +765,17 @@ def make_node_function(env: BinPack, network: hk.Transformed, config: Config) ->
         value = (own.reward * config.discount ** (depths - start)).sum(where=depths >= start)
         return Node(actions, logits, value, own)
 
-    return completion_node if config.leaf_value == "completion" else network_node
-
-
-def make_child_function(env: BinPack, make_node: Callable, config: Config) -> Callable[..., tuple]:
-    """Returns make_child((params, lines), state, node, index) -> (reward, discount, state, node) after its action
-    `index`. Completions go on like the node's own line, or one of the given lines, where they meet it."""
+    make_node = completion_node if config.leaf_value == "completion" else network_node
+    start = lambda *of: (make_node(*of, no_lines), no_lines)
 
     def make_child(known: tuple[Any, Line], state: State, node: Node, index: jax.Array):
         params, lines = known
         state, timestep = step_flat(env, state, node.actions[index])
         lines = jax.tree.map(lambda x, others: jnp.concatenate([x[None], others]), node.line, lines)
-        child = make_node(params, state, timestep.observation, lines)
-        return timestep.reward, config.discount * timestep.discount, state, child
+        node = make_node(params, state, timestep.observation, lines)
+        return timestep.reward, config.discount * timestep.discount, state, node
 
-    return make_child
-
-
-def first_memory(make_node: Callable, num_nodes: int, *of: Any) -> tuple[Node, Line]:
-    """The memory of a policy that searches `num_nodes`: the next root, and the lines of the last search's nodes, leaves
-    [n, ...]; before the first one the root's own. `of` is what make_node takes."""
-    root = make_node(*of)
-    return root, jax.tree.map(lambda x: jnp.broadcast_to(x, (num_nodes, *jnp.shape(x))), root.line)
+    return start, make_child
 
 
 def make_search_policy(
@@ -798,8 +788,7 @@ def make_search_policy(
     optimum. The memory has the next root: the chosen child has been evaluated by the search that chose it. A search
     that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item.
     """
-    make_node = make_node_function(env, network, config)
-    make_child = make_child_function(env, make_node, config)
+    start, make_child = make_tree_functions(env, network, config, 1 + num_simulations)
     qtransform = functools.partial(
         mctx.qtransform_completed_by_mix_value,
         value_scale=config.value_scale,
@@ -808,9 +797,8 @@ def make_search_policy(
     )
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
-    def expand(known: tuple, key: jax.Array, action: jax.Array, embedding: tuple):
+    def expand(known: tuple, _, action: jax.Array, embedding: tuple):
         """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
-        del key
         parent = jax.tree.map(lambda x: x[0], embedding)
         reward, discount, state, node = make_child(known, *parent, action[0])
         logits = jnp.where(looked_at(node), node.logits, MASKED)
@@ -837,13 +825,12 @@ def make_search_policy(
         child = tree.children_index[0, output.action]
         next_node = jax.tree.map(lambda x: x[child], tree.embeddings[1])
         prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
-        value = tree.node_values[0]
-        decision = Decision(root.actions, output.action_weights, prior, output.action, value)
+        decision = Decision(root.actions, output.action_weights, prior, output.action, tree.node_values[0])
         return root.actions[output.action], decision, (next_node, tree.embeddings[1].line)
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
     # to the episode's own key, so that an episode does not depend on the device that plays it.
-    return Policy(act, functools.partial(first_memory, make_node, 1 + num_simulations))
+    return Policy(act, start)
 
 
 def make_playing_search(
@@ -918,8 +905,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
     counts as the target. `num_workers` descend one after the other, each under the virtual losses of those before it
     (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`, but for
     the noise: ours goes to legal actions alone."""
-    make_node = make_node_function(env, network, config)
-    make_child, workers = make_child_function(env, make_node, config), config.num_workers
+    start, make_child = make_tree_functions(env, network, config, 1 + config.num_simulations)
+    workers = config.num_workers
 
     def descend(tree: Tree, worker: jax.Array, carry: tuple) -> tuple:
         virtual, parents, indices = carry
@@ -968,7 +955,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         decision = Decision(root.actions, visits / visits.sum(), prior, taken, tree.value[0])
         return root.actions[taken], decision, (next_node, tree.node.line)
 
-    return Policy(act, functools.partial(first_memory, make_node, 1 + config.num_simulations))
+    return Policy(act, start)
 
 
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
@@ -976,9 +963,9 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
     rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A leaf
     at less than the depth K gets M children, evaluated together; a rollout that reaches the depth K changes nothing.
     The target is the root's weights of its samples. K=1 is the improvement of MPO (Abdolmaleki et al. 2018)."""
-    make_node = make_node_function(env, network, config)
-    make_child, num_samples = make_child_function(env, make_node, config), config.num_sampled_actions
     num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
+    num_samples, num_nodes = config.num_sampled_actions, 1 + num_rollouts * config.num_sampled_actions
+    start, make_child = make_tree_functions(env, network, config, num_nodes)
 
     def improved(tree: Tree, count: jax.Array, node: jax.Array) -> jax.Array:
         """Unnormalised logits [K] of the improved policy; count [n, K] says how often an action was sampled."""
@@ -1009,11 +996,11 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
                 soft = jax.nn.logsumexp(improved(tree._replace(value=value), count, node)) - math.log(num_samples)
                 return value.at[node].set(config.soft_temperature * soft), tree.parent[node]
 
-            start = jnp.where(is_within, leaf, tree.parent[leaf])
-            value, _ = jax.lax.while_loop(lambda carry: carry[1] >= 0, back_up, (tree.value, start))
+            lowest = jnp.where(is_within, leaf, tree.parent[leaf])
+            value, _ = jax.lax.while_loop(lambda carry: carry[1] >= 0, back_up, (tree.value, lowest))
             return tree._replace(value=value), count
 
-        tree = start_tree(state, root, 1 + num_rollouts * num_samples)
+        tree = start_tree(state, root, num_nodes)
         tree, count = jax.lax.fori_loop(0, num_rollouts, rollout, (tree, jnp.zeros(tree.child.shape)))
         logits = improved(tree, count, 0)
         taken = jax.random.categorical(jax.random.fold_in(key, num_rollouts), logits)
@@ -1022,7 +1009,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
         decision = Decision(root.actions, jax.nn.softmax(logits), prior, taken, tree.value[0])
         return root.actions[taken], decision, (next_node, tree.node.line)
 
-    return Policy(act, functools.partial(first_memory, make_node, 1 + num_rollouts * num_samples))
+    return Policy(act, start)
 
 
 def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
@@ -1203,7 +1190,6 @@ def init_train_state(env: BinPack, network: hk.Transformed, config: Config) -> T
 def minibatch_rows(key: jax.Array, mask: jax.Array, config: Config) -> jax.Array:
     """Row numbers of all minibatches of an iteration, int32 [S, M]: those of the mask alone, shuffled anew each epoch.
     An epoch has as many minibatches as all rows, padding included, would fill; a small mask repeats its rows."""
-
     size = config.training_batch_size
 
     def epoch(key):
@@ -1406,13 +1392,11 @@ def train_to_the_end(
     if progress.iteration != saved and not skipped_in_a_row:
         save()
     if skipped_in_a_row:
-        tqdm.tqdm.write(
-            f"Not saved after iteration {saved}: the last {skipped_in_a_row} updates were skipped as not finite."
-        )
+        why = f"the last {skipped_in_a_row} updates were skipped as not finite"
+        tqdm.tqdm.write(f"Not saved after iteration {saved}: {why}.")
     if stopped and progress.iteration < config.max_num_iters:
-        tqdm.tqdm.write(
-            f"Stopped at iteration {progress.iteration}; the same command with resume=auto (no overwrite) continues."
-        )
+        where = f"Stopped at iteration {progress.iteration}"
+        tqdm.tqdm.write(f"{where}; the same command with resume=auto (no overwrite) continues.")
     elif not skipped_in_a_row:
         tqdm.tqdm.write(f"Done: {run.checkpoint(saved)}")
 

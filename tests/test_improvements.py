@@ -25,21 +25,14 @@ def toy(monkeypatch, config):
     rewards, values = (jnp.array(noise.uniform(0, 0.3, NUM_STATES), jnp.float32) for _ in range(2))
     logits = jnp.array(noise.normal(0, 0.2, (NUM_STATES, ACTIONS)), jnp.float32)
 
-    def make_node_function(env, network, config):
-        def make_node(params, state, *_):
-            return script.Node(jnp.arange(ACTIONS), logits[state], values[state], jnp.array(False))
+    def start(params, state, _):
+        return script.Node(jnp.arange(ACTIONS), logits[state], values[state], line=state), ()
 
-        return make_node
+    def make_child(_, state, node, index):
+        state = 3 * state + 1 + index
+        return rewards[state], jnp.float32(1.0), state, start((), state, ())[0]
 
-    def make_child_function(env, make_node, config):
-        def make_child(params, state, node, index):
-            state = 3 * state + 1 + index
-            return rewards[state], jnp.float32(1.0), state, make_node(params, state)
-
-        return make_child
-
-    monkeypatch.setattr(script, "make_node_function", make_node_function)
-    monkeypatch.setattr(script, "make_child_function", make_child_function)
+    monkeypatch.setattr(script, "make_tree_functions", lambda *_: (start, make_child))
     monkeypatch.setattr(script, "legal_actions", lambda observation: jnp.ones(ACTIONS, bool))
     return np.array(rewards, np.float64), np.array(values, np.float64), np.array(logits, np.float64), config
 
@@ -77,12 +70,13 @@ def test_treepi_samples_from_the_policy_and_weighs_by_exponentiated_values(toy):
     """With many samples: the target is the policy times exp(Q / alpha), as in MPO."""
     rewards, values, logits, config = toy
     keys = dict(num_sampled_actions=20_000, search_depth=1, soft_temperature=0.1)
-    action, decision, node = searched(script.make_treepi, config, **keys)
+    action, decision, (node, lines) = searched(script.make_treepi, config, **keys)
     children = 1 + np.arange(ACTIONS)
     expected = np.exp(logits[0] + (rewards[children] + values[children]) / 0.1)
     np.testing.assert_allclose(decision.weights, expected / expected.sum(), atol=0.02)
     np.testing.assert_allclose(node.value, values[1 + int(action)], rtol=1e-6)
     assert int(decision.taken) == int(action)
+    assert lines.shape == (20_001,) and set(lines.tolist()) == {0, *children}  # Of every node, for the next search.
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,8 +112,9 @@ def test_virtual_losses_spread_the_workers_over_the_leaves(toy, monkeypatch):
     """Three workers start from an empty tree and take its three actions; without virtual losses they take one."""
     config = toy[-1]
     keys = dict(num_simulations=3, num_workers=3, dirichlet_fraction=0.0)
-    _, decision, _ = searched(script.make_alphazero, config, **keys)
+    _, decision, (_, lines) = searched(script.make_alphazero, config, **keys)
     np.testing.assert_allclose(decision.weights, np.full(ACTIONS, 1 / 3), rtol=1e-6)
+    assert sorted(lines.tolist()) == [0, 1, 2, 3]
     puct = script.puct
     monkeypatch.setattr(script, "puct", lambda tree, virtual, *rest: puct(tree, jnp.zeros_like(virtual), *rest))
     _, decision, _ = searched(script.make_alphazero, config, **keys)
@@ -188,19 +183,18 @@ def test_parallel_workers_are_those_of_a_slow_reference(toy, monkeypatch):
                 node, total = node.parent, node.reward + node.discount * total
     assert meetings > 0
 
-    def make_node(params, state, *_):
+    def start(params, state, _):
         known = jnp.isin(state, jnp.array([-1, *terminal]))
         value = jnp.where(known, 0.0, jnp.array(values, jnp.float32)[state])
-        return script.Node(jnp.arange(ACTIONS), jnp.array(logits, jnp.float32)[jnp.maximum(state, 0)], value, False)
+        return script.Node(jnp.arange(ACTIONS), jnp.array(logits, jnp.float32)[jnp.maximum(state, 0)], value, False), ()
 
-    def make_child(params, state, node, i):
+    def make_child(_, state, node, i):
         after = jnp.where(jnp.isin(state, jnp.array([-1, *terminal])), -1, 3 * state + 1 + i)
         ends = jnp.isin(after, jnp.array([-1, *terminal]))
         reward = jnp.where(after < 0, 0.0, jnp.array(rewards, jnp.float32)[after])
-        return reward, jnp.where(ends, 0.0, discount), after, make_node(params, after)
+        return reward, jnp.where(ends, 0.0, discount), after, start((), after, ())[0]
 
-    monkeypatch.setattr(script, "make_node_function", lambda *_: make_node)
-    monkeypatch.setattr(script, "make_child_function", lambda *_: make_child)
+    monkeypatch.setattr(script, "make_tree_functions", lambda *_: (start, make_child))
     keys = dict(num_simulations=24, num_workers=4, dirichlet_fraction=0.0, c_puct=1.0)
     _, decision, _ = searched(script.make_alphazero, config, **keys)
     expected = [root.children[i].visits if i in root.children else 0 for i in range(ACTIONS)]

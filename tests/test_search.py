@@ -160,7 +160,7 @@ def test_search_improves_expected_q_at_every_state(env, network, config, params,
 
     def q_value(state, action):
         state, timestep = script.step_flat(env, state, action)
-        return timestep.reward + timestep.discount * policy.start(params, state, timestep.observation).value
+        return timestep.reward + timestep.discount * policy.start(params, state, timestep.observation)[0].value
 
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 8, 0), states)
     q = jax.jit(jax.vmap(q_value))(repeated, decision.actions[:, :8].reshape(-1)).reshape(-1, 8)
@@ -178,12 +178,14 @@ def carry(env, network, config, params):
 
     def carry(plays, key, state, observation):
         policy = script.make_search_policy(env, network, config, 4, jnp.where(plays, 0.0, 1.0), plays)
-        root = policy.start(params, state, observation)
-        action, _, carried = policy.act(params, key, state, observation, root)
+        root, lines = policy.start(params, state, observation)
+        action, _, (carried, lines) = policy.act(params, key, state, observation, (root, lines))
         state, timestep = script.step_flat(env, state, action)
-        fresh = policy.start(params, state, timestep.observation)
+        fresh, _ = policy.start(params, state, timestep.observation)
         is_greedy = action == root.actions[0]
-        return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.line.solved
+        is_root, is_carried = ((lines.hash == x.line.hash).all((1, 2)) for x in (root, carried))
+        known = is_root[0] & is_carried.any()  # The lines of the search's nodes, for the next one.
+        return carried, fresh, script.has_legal_action(timestep.observation), is_greedy, root.line.solved, known
 
     return jax.jit(jax.vmap(carry, (None, 0, 0, 0)))
 
@@ -197,8 +199,8 @@ def test_the_carried_root_equals_a_new_one(plays, carry, played):
     some_solved = states.items_placed | observations.action_mask.any(1)
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
     found = carry(plays, keys, states.replace(items_mask=some_solved), observations)
-    carried, fresh, goes_on, is_greedy, solved = found
-    assert int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
+    carried, fresh, goes_on, is_greedy, solved, known = found
+    assert known[goes_on].all() and int(goes_on.sum()) > 40 and float(fresh.value.max()) > 0.05
     assert 5 < int((is_greedy & goes_on).sum()) < int(goes_on.sum()) and 0 < int(solved.sum()) < 64
     assert is_greedy[solved].all() if plays else not is_greedy[solved].all()
     np.testing.assert_array_equal(carried.line.solved, fresh.line.solved)
@@ -208,27 +210,32 @@ def test_the_carried_root_equals_a_new_one(plays, carry, played):
 
 
 def test_a_completion_that_meets_a_line_goes_on_like_it(env, network, config, params, played):
-    """Given its own line, with other rewards for the moves after the first, a state takes these and plays one move."""
+    """Be it the parent's or one of the last search's. The greedy child, given its parent's line with other rewards
+    after the child's first move, plays that move and takes these. It hands on the hashes of the whole line."""
     states, observations = rows(played, np.asarray(played[1].action_mask).any(2).sum(2) == 4)
     states, observations = jax.tree.map(lambda x: x[:32], (states, observations))
     config, passes = config.model_copy(update=dict(leaf_value="completion", discount=0.5)), []
     count = lambda *arguments: jax.debug.callback(passes.append, 0) or network.apply(*arguments)
-    make_node = script.make_node_function(env, network._replace(apply=count), config)
-    own = jax.jit(jax.vmap(make_node, (None, 0, 0)))(params, states, observations)
-    start = np.asarray(states.items_placed).sum(1, keepdims=True)
-    assert np.asarray(own.line.reward[:, 1:] > 0).any(1).all() and not own.line.solved.all()
-    passes.clear()
-    after = np.arange(own.line.reward.shape[1]) > start
-    line = own.line._replace(reward=jnp.where(after, 2.0, own.line.reward), solved=~own.line.solved)
-    found = jax.jit(jax.vmap(make_node, (None, 0, 0, 0)))(params, states, observations, line)
-    jax.effects_barrier()
-    depth = np.arange(after.shape[1]) - start
+    start, make_child = script.make_tree_functions(env, network._replace(apply=count), config, 3)
+    own, no_lines = jax.jit(jax.vmap(start, (None, 0, 0)))(params, states, observations)
+    placed = 1 + np.asarray(states.items_placed).sum(1, keepdims=True)  # In the child.
+    depth = np.arange(own.line.reward.shape[1]) - placed
+    line = own.line._replace(reward=jnp.where(depth > 0, 2.0, own.line.reward), solved=~own.line.solved)
+    no_line = jax.tree.map(lambda x: x[:, 0], no_lines)
+    one_of_them = jax.tree.map(lambda x, y: x.at[:, 1].set(y), no_lines, line)
     moves = (np.asarray(own.line.reward) > 0).sum(1, where=depth >= 0)
-    first = np.take_along_axis(np.asarray(own.line.reward), start, 1)[:, 0]
-    goes_on = moves > 1
-    np.testing.assert_allclose(found.value[goes_on], (first + (2.0 * 0.5**depth).sum(1, where=depth > 0))[goes_on])
-    np.testing.assert_array_equal(found.line.solved, own.line.solved ^ goes_on)
-    assert 5 < goes_on.sum() and len(passes) <= 2 < moves.max()
+    first = np.take_along_axis(np.asarray(own.line.reward), placed, 1)[:, 0]
+    expected = first + (2.0 * 0.5**depth).sum(1, where=depth > 0) * (moves > 1)
+    child = jax.jit(jax.vmap(lambda lines, state, node: make_child((params, lines), state, node, 0)[-1]))
+    for lines, parents in ((no_lines, line), (one_of_them, no_line)):
+        jax.effects_barrier()
+        passes.clear()
+        found = child(lines, states, own._replace(line=parents))
+        jax.effects_barrier()
+        np.testing.assert_allclose(found.value, expected, rtol=1e-6)
+        np.testing.assert_array_equal(found.line.solved, own.line.solved ^ (moves > 1))
+        np.testing.assert_array_equal(found.line.hash[depth >= 0], own.line.hash[depth >= 0])
+        assert 5 < (moves > 1).sum() < len(moves) and len(passes) <= 2 < moves.max()
 
 
 def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, config, params, played, monkeypatch):
@@ -248,17 +255,17 @@ def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, co
     policy = script.make_playing_search(env, network, config, 24)
 
     def play(key, state, observation):
-        root = policy.start(params, state, observation)
+        root, lines = policy.start(params, state, observation)
         actions = root.actions[:4]
 
         def child(action):
             after, timestep = script.step_flat(env, state, action)
-            node = policy.start(params, after, timestep.observation)
+            node, _ = policy.start(params, after, timestep.observation)
             return node.line.solved, timestep.reward + node.value
 
         fills, packs = jax.vmap(child)(actions)
         looked_at = script.legal_actions(observation)[actions] & (~root.line.solved | (jnp.arange(4) == 0))
-        q = policy.act(params, key, state, observation, root)[1].weights[:4]
+        q = policy.act(params, key, state, observation, (root, lines))[1].weights[:4]
         return fills & looked_at, packs, q
 
     keys = jax.random.split(jax.random.PRNGKey(1), 64)
