@@ -500,9 +500,8 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    quarters = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4))  # Few rows have many spaces and few items.
-    sizes = dict.fromkeys(tuple(-(-n * share // 4) for n, share in zip(full, shares)) for shares in quarters)
-    return tuple(size for size in sizes if math.prod(size) >= 96 or size == full)
+    sizes = itertools.product(*([-(-n * i // 4) for i in quarters] for n, quarters in zip(full, ((1, 2, 4), (2, 4)))))
+    return tuple(size for size in dict.fromkeys(sizes) if math.prod(size) >= 96 or size == full)
 
 
 def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
@@ -560,8 +559,8 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda part: function(params, sizes[0], *part), part))
 
         parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, batch)
-        flat = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), parts)
-        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(num_rows), unique_indices=True)
+        return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:])[place], parts)
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.

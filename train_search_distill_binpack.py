@@ -74,9 +74,7 @@ class Config(ev.Sizes):
         description="value of a new node: the value head's, or the return of completing the episode greedily",
     )
     search_width: PositiveInt = Field(64, description="actions of highest prior that a search node keeps")
-    max_num_considered_actions: PositiveInt = Field(
-        16, description="actions that sequential halving starts from at the root"
-    )
+    max_num_considered_actions: PositiveInt = Field(16, description="root actions that sequential halving starts with")
     gumbel_scale: NonNegativeFloat = Field(1.0, description="scale of the Gumbel noise in collection (evaluation: 0)")
     value_scale: PositiveFloat = Field(0.5, description="scale of Q in the search's policy improvement")
     maxvisit_init: NonNegativeFloat = Field(50.0, description="visits added to the largest count in the scale of Q")
@@ -87,9 +85,7 @@ class Config(ev.Sizes):
         0.25, description="alphazero: share of that noise in the root's prior"
     )
     acting_temperature: PositiveFloat = Field(1.0, description="alphazero: actions are drawn from visits^(1/this)")
-    num_workers: PositiveInt = Field(
-        1, description="alphazero: workers on one tree; the network evaluates their leaves together"
-    )
+    num_workers: PositiveInt = Field(1, description="alphazero: workers on one tree; leaves are evaluated together")
     num_sampled_actions: PositiveInt = Field(8, description="treepi: actions M that a rollout samples and evaluates")
     search_depth: PositiveInt = Field(3, description="treepi: moves K that a rollout looks ahead (1: as MPO)")
     soft_temperature: PositiveFloat = Field(0.04, description="treepi: alpha, in units of the return")
@@ -109,9 +105,7 @@ class Config(ev.Sizes):
     max_policy_kl: NonNegativeFloat = Field(
         0.0, description="mean KL(acting || new policy) in nats that a Lagrange multiplier allows (0: any)"
     )
-    value_target: Literal["return", "search"] = Field(
-        "return", description="Monte-Carlo returns, or the value of the root after the search"
-    )
+    value_target: Literal["return", "search"] = Field("return", description="Monte-Carlo returns, or searched values")
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: PositiveInt = Field(100, description="the run ends after so many skipped updates in a row")
@@ -556,9 +550,8 @@ def sizes_of_tokens(config: Config, observation: Observation) -> tuple[tuple[int
     full = observation.action_mask.shape[-2:]
     if config.token_sizes[-1:] == (full,):
         return config.token_sizes
-    quarters = ((1, 2), (1, 4), (2, 2), (2, 4), (4, 4))  # Few rows have many spaces and few items.
-    sizes = dict.fromkeys(tuple(-(-n * share // 4) for n, share in zip(full, shares)) for shares in quarters)
-    return tuple(size for size in sizes if math.prod(size) >= 96 or size == full)
+    sizes = itertools.product(*([-(-n * i // 4) for i in quarters] for n, quarters in zip(full, ((1, 2, 4), (2, 4)))))
+    return tuple(size for size in dict.fromkeys(sizes) if math.prod(size) >= 96 or size == full)
 
 
 def index_of_smallest_size(sizes: tuple, observation: Observation, batch: bool = False) -> jax.Array:
@@ -616,8 +609,8 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda part: function(params, sizes[0], *part), part))
 
         parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, batch)
-        flat = jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:]), parts)
-        return jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), flat)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(num_rows), unique_indices=True)
+        return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:])[place], parts)
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
@@ -721,10 +714,10 @@ class Decision(NamedTuple):
 
 
 def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, num_nodes: int) -> tuple:
-    """Returns start(params, state, observation) -> memory, and make_child((params, lines), state, node, index) ->
-    (reward, discount, state, node) after the node's action `index`. The memory of a search is its root and the lines of
-    the last search's nodes, leaves [num_nodes, ...]. A completion that meets one of these, or its parent's, goes on
-    like it and is not played further: many orders of the same moves lead to the same state."""
+    """Returns start(params, state, observation) -> memory, and make_child((params, lines), state, node, index, wanted)
+    -> (reward, discount, state, node) after the node's action `index`; an unwanted node costs little and means nothing.
+    The memory of a search is its root and the lines of the last search's nodes, leaves [num_nodes, ...]. A completion
+    that meets one of these, or its parent's, goes on like it: many orders of the same moves lead to the same state."""
     predict = make_predict(network, config)
     shape = num_nodes, env.generator.max_num_items
     no_lines = Line(jnp.zeros((*shape, 2), jnp.uint32), jnp.zeros(shape), jnp.zeros(num_nodes, bool))
@@ -768,11 +761,12 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
     make_node = completion_node if config.leaf_value == "completion" else network_node
     start = lambda *of: (make_node(*of, no_lines), no_lines)
 
-    def make_child(known: tuple[Any, Line], state: State, node: Node, index: jax.Array):
+    def make_child(known: tuple[Any, Line], state: State, node: Node, index: jax.Array, wanted: Any = True) -> tuple:
         params, lines = known
         state, timestep = step_flat(env, state, node.actions[index])
         lines = jax.tree.map(lambda x, others: jnp.concatenate([x[None], others]), node.line, lines)
-        node = make_node(params, state, timestep.observation, lines)
+        observation = timestep.observation._replace(action_mask=timestep.observation.action_mask & wanted)
+        node = make_node(params, state, observation, lines)
         return timestep.reward, config.discount * timestep.discount, state, node
 
     return start, make_child
@@ -791,26 +785,33 @@ def make_search_policy(
     start, make_child = make_tree_functions(env, network, config, 1 + num_simulations)
     qtransform = functools.partial(
         mctx.qtransform_completed_by_mix_value,
-        value_scale=config.value_scale,
-        maxvisit_init=config.maxvisit_init,
-        rescale_values=config.rescale_values,
+        **config.model_dump(include={"value_scale", "maxvisit_init", "rescale_values"}),
     )
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
-    def expand(known: tuple, _, action: jax.Array, embedding: tuple):
-        """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
-        parent = jax.tree.map(lambda x: x[0], embedding)
-        reward, discount, state, node = make_child(known, *parent, action[0])
-        logits = jnp.where(looked_at(node), node.logits, MASKED)
-        output = mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=logits, value=node.value)
-        return jax.tree.map(lambda x: x[None], (output, (state, node)))
-
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
-        root, lines = memory
+        root, known = memory[0], (params, memory[1])
         legal = legal_actions(observation)[root.actions] & looked_at(root)
+        # mctx visits the actions of largest prior and noise first, one by one. We make their nodes together.
+        noise = gumbel_scale * jax.random.gumbel(jax.random.split(key)[1], legal.shape)
+        num_first = min(config.max_num_considered_actions, num_simulations, len(legal))
+        _, first = jax.lax.top_k(jnp.where(legal, root.logits + noise, -jnp.inf), num_first)
+        children = jax.vmap(make_child, (None, None, None, 0, 0))(known, state, root, first, legal[first])
+
+        def expand(_, __, action: jax.Array, embedding: tuple):
+            """mctx's recurrent function for a batch of one: step, prior of the new node, value of the new node."""
+            parent, node = jax.tree.map(lambda x: x[0], embedding)
+            made = (first == action) & (parent.items_placed == state.items_placed).all()
+            new = make_child(known, parent, node, action[0], ~made.any())
+            new = jax.tree.map(lambda x, y: jnp.where(made.any(), x[made.argmax()], y), children, new)
+            reward, discount, state_after, node = new
+            logits = jnp.where(looked_at(node), node.logits, MASKED)
+            output = mctx.RecurrentFnOutput(reward=reward, discount=discount, prior_logits=logits, value=node.value)
+            return jax.tree.map(lambda x: x[None], (output, (state_after, node)))
+
         output = mctx.RootFnOutput(prior_logits=root.logits, value=root.value, embedding=(state, root))
         output = mctx.gumbel_muzero_policy(
-            params=(params, lines),
+            params=(),
             rng_key=key,
             root=jax.tree.map(lambda x: x[None], output),
             recurrent_fn=expand,
@@ -822,8 +823,7 @@ def make_search_policy(
         )
         output = jax.tree.map(lambda x: x[0], output)
         tree = output.search_tree
-        child = tree.children_index[0, output.action]
-        next_node = jax.tree.map(lambda x: x[child], tree.embeddings[1])
+        next_node = jax.tree.map(lambda x: x[tree.children_index[0, output.action]], tree.embeddings[1])
         prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
         decision = Decision(root.actions, output.action_weights, prior, output.action, tree.node_values[0])
         return root.actions[output.action], decision, (next_node, tree.embeddings[1].line)
