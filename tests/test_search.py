@@ -238,6 +238,35 @@ def test_a_completion_that_meets_a_line_goes_on_like_it(env, network, config, pa
         assert 5 < (moves > 1).sum() < len(moves) and len(passes) <= 2 < moves.max()
 
 
+def test_the_nodes_of_the_first_simulations_are_made_together(env, network, config, params, played):
+    """A search that visits four actions once passes as often as the longest of their completions, not as all."""
+    states, observations = rows(played, np.asarray(played[1].action_mask).any(2).sum(2) > 8)
+    state, observation = jax.tree.map(lambda x: x[0], (states, observations))
+    config, passes = config.model_copy(update=dict(leaf_value="completion", max_num_considered_actions=4)), []
+    count = lambda *arguments: jax.debug.callback(passes.append, 0) or network.apply(*arguments)
+    counted = network._replace(apply=count)
+    start, make_child = script.make_tree_functions(env, counted, config, 5)
+    root, lines = jax.jit(start)(params, state, observation)
+
+    def passes_of(function, *arguments) -> int:
+        jax.effects_barrier()
+        passes.clear()
+        jax.block_until_ready(function(*arguments))
+        jax.effects_barrier()
+        return len(passes)
+
+    child = jax.jit(lambda index: make_child((params, lines), state, root, index))
+    key = jax.random.PRNGKey(0)
+    noise = jax.random.gumbel(jax.random.split(key)[1], root.logits.shape)  # As mctx draws it.
+    for scale in (0.0, 1.0):
+        search = jax.jit(script.make_search_policy(env, counted, config, 4, scale).act)
+        together = passes_of(search, params, key, state, observation, (root, lines))
+        first = np.argsort(-(root.logits + scale * noise))[:4]
+        one_by_one = [passes_of(child, index) for index in first]
+        assert together == max(one_by_one) and sum(one_by_one) > 1.5 * together > 6
+    assert first.max() > 3
+
+
 def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, config, params, played, monkeypatch):
     """In playing, the Q of an action whose completion places every item stays what that completion packs, however many
     simulations follow. The root's Q are returned in the place of the search's weights."""

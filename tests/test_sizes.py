@@ -45,7 +45,7 @@ def test_sizes_of_tokens_grow_up_to_the_whole_observation(size, token_sizes):
     sizes = script.sizes_of_tokens(config, observation._replace(action_mask=jnp.ones(size, bool)))
     pairs = [spaces * items for spaces, items in sizes]
     assert sizes[-1] == size and pairs == sorted(pairs) and len(set(sizes)) == len(sizes)
-    assert len(sizes) == (5 if size in ((40, 50), (40, 100), (80, 20)) else 1)
+    assert len(sizes) == (6 if size in ((40, 50), (40, 100), (80, 20)) else 1)
     assert all(a <= size[0] and b <= size[1] for a, b in sizes)
 
 
