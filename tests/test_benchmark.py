@@ -15,14 +15,14 @@ import train_search_distill_binpack as script
 
 
 def test_visits_are_those_that_the_search_makes(config, params):
-    """Without completions: a pass for the first root and, until all episodes have ended, one for each simulation, and
-    no step of the environment that is not needed."""
+    """Without completions: a pass for the first root and, until all episodes have ended, about one for each decision,
+    whose first nodes are made together. A simulation takes a step with these and one where it looks its node up."""
     config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, params, keys)
-    most = 1 + 19 * config.num_simulations
-    assert most // 2 < sum(passes.values()) <= most and steps == 8 * 19 * (1 + config.num_simulations)
-    assert passes[8, 12] > 5 and passes[40, 20] > 5  # Late and early states.
+    most = 1 + 19
+    assert most // 2 < sum(passes.values()) <= most and steps == 8 * 19 * (1 + 2 * config.num_simulations)
+    assert passes[8, 12] > 1 and passes[40, 20] > 5  # Late and early states.
 
 
 def test_an_arm_has_the_decisions_of_a_run(search_run):
