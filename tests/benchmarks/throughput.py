@@ -169,7 +169,7 @@ def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tu
         """x, through a call of the host that counts a batch."""
 
         def tell(x):
-            calls[name] += len(x) if name == "environment" else 1
+            calls[name] += x[..., 0].size if name == "environment" else 1  # An action has two numbers.
             return x
 
         return jax.pure_callback(tell, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")
