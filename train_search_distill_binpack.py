@@ -105,7 +105,7 @@ class Config(ev.Sizes):
     max_policy_kl: NonNegativeFloat = Field(
         0.0, description="mean KL(acting || new policy) in nats that a Lagrange multiplier allows (0: any)"
     )
-    value_target: Literal["return", "search"] = Field("return", description="Monte-Carlo returns, or searched values")
+    value_target: Literal["return", "search"] = Field("return", description="returns, or the root's searched value")
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
     max_skipped_updates: PositiveInt = Field(100, description="the run ends after so many skipped updates in a row")
@@ -792,7 +792,7 @@ def make_search_policy(
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
         root, known = memory[0], (params, memory[1])
         legal = legal_actions(observation)[root.actions] & looked_at(root)
-        # mctx visits the actions of largest prior and noise first, one by one. We make their nodes together.
+        # mctx first visits the actions of largest prior and noise, one by one. We draw it too and make them together.
         noise = gumbel_scale * jax.random.gumbel(jax.random.split(key)[1], legal.shape)
         num_first = min(config.max_num_considered_actions, num_simulations, len(legal))
         _, first = jax.lax.top_k(jnp.where(legal, root.logits + noise, -jnp.inf), num_first)
