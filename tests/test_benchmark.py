@@ -20,8 +20,7 @@ def test_visits_are_those_that_the_search_makes(config, params):
     config = config.model_copy(update=dict(token_sizes=((8, 12), (40, 20))))
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, params, keys)
-    most = 1 + 19
-    assert most // 2 < sum(passes.values()) <= most and steps == 8 * 19 * (1 + 2 * config.num_simulations)
+    assert 10 < sum(passes.values()) <= 1 + 19 and steps == 8 * 19 * (1 + 2 * config.num_simulations)
     assert passes[8, 12] > 1 and passes[40, 20] > 5  # Late and early states.
 
 

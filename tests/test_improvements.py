@@ -39,8 +39,8 @@ def toy(monkeypatch, config):
 
 def searched(make, config, key=0, **keys):
     policy = make(None, None, config.model_copy(update=keys))
-    root = policy.start((), jnp.int32(0), None)
-    return jax.jit(policy.act)((), jax.random.PRNGKey(key), jnp.int32(0), None, root)
+    memory = policy.start((), jnp.int32(0), None)
+    return jax.jit(policy.act)((), jax.random.PRNGKey(key), jnp.int32(0), None, memory)
 
 
 def test_treepi_backs_up_soft_values_as_brute_force_does(toy, monkeypatch):

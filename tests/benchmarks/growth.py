@@ -59,7 +59,7 @@ def measure(checkout: str, items: int, devices: int, num_simulations: int, episo
     key, state, observation, memory = on_devices(first_half, 0)(agent.params, keys)
     act = on_devices(search.act, 0, 0, 0, 0).lower(agent.params, key, state, observation, memory).compile()
     action, _, memory = act(agent.params, key, state, observation, memory)
-    state, timestep = on_devices(lambda env, *of: script.step_flat(agent.env, *of), 0, 0)((), state, action)
+    state, timestep = on_devices(lambda _, *of: script.step_flat(agent.env, *of), 0, 0)((), state, action)
     arguments = key, state, timestep.observation, memory
     legal = np.asarray(timestep.observation.action_mask).any((-1, -2)).sum()
     seconds: list[float] = []
@@ -67,8 +67,8 @@ def measure(checkout: str, items: int, devices: int, num_simulations: int, episo
         start = time.perf_counter()
         jax.block_until_ready(act(agent.params, *arguments))
         seconds.append(time.perf_counter() - start)
-    memory = act.memory_analysis().temp_size_in_bytes
-    return dict(decisions_per_second=int(legal) / statistics.median(seconds[-3:]), megabytes=memory / 2**20)
+    size = act.memory_analysis().temp_size_in_bytes
+    return dict(decisions_per_second=int(legal) / statistics.median(seconds[-3:]), megabytes=size / 2**20)
 
 
 def fitted_power(items: list[int], speeds: list[float]) -> float:
