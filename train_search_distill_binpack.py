@@ -792,7 +792,7 @@ def make_search_policy(
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
         root, known = memory[0], (params, memory[1])
         legal = legal_actions(observation)[root.actions] & looked_at(root)
-        # mctx first visits the actions of largest prior and noise, one by one. From the same noise we make them together.
+        # mctx first visits the actions of largest prior and noise, one by one. With its noise we make them together.
         noise = gumbel_scale * jax.random.gumbel(jax.random.split(key)[1], legal.shape)
         num_first = min(config.max_num_considered_actions, num_simulations, len(legal))
         _, first = jax.lax.top_k(jnp.where(legal, root.logits + noise, -jnp.inf), num_first)
