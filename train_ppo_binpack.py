@@ -520,47 +520,29 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
 
 
-def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, rows: Any) -> tuple:
-    """Takes the rows of a batch in parts: rows that need the same size are brought together, and each part is run at
-    its own. Returns function(size, rows of a part) of all parts, leaves [parts, ...], and the order of the rows."""
-    order = jnp.argsort(index_of_smallest_size(sizes, observation))
-
-    def of_part(indices: jax.Array) -> Any:
-        gathered = lambda size, indices: function(size, jax.tree.map(lambda x: jnp.asarray(x)[indices], rows))
-        legal = observation._replace(action_mask=observation.action_mask[indices])  # All that a size depends on.
-        return at_smallest_size(gathered, sizes, legal, indices)
-
-    return jax.lax.map(of_part, order.reshape(num_parts, -1)), order
+def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, carry: Any) -> Any:
+    """carry = function(rows, carry) for each part of a batch of observations [n, ...], where `rows` int32 [n / parts]
+    are the part's. Those that need the same size are brought together. Those without a legal action come first, and
+    parts of such rows alone are left out."""
+    index = index_of_smallest_size(((0, 0), *sizes), observation)
+    order = jnp.argsort(index).reshape(num_parts, -1)
+    first = (index == 0).sum() // order.shape[1]
+    return jax.lax.fori_loop(first, num_parts, lambda i, carry: function(order[i], carry), carry)
 
 
-def rows_of_a_part(num_rows: int, observation: Observation) -> int:
-    """How many rows the network plays at a time: on a CPU at most 16, or 4 large ones, which fit the caches."""
-    most = 16 if math.prod(observation.action_mask.shape[-2:]) < 1000 else 4
-    most = most if jax.default_backend() == "cpu" else num_rows
-    return max(n for n in range(1, most + 1) if num_rows % n == 0)
+def number_of_parts(observation: Observation) -> int:
+    """In how many parts the network plays a batch: on a CPU of 16 rows at most, or 4 large ones, which fit the caches.
+    Elsewhere of all."""
+    num_rows, *size = observation.action_mask.shape
+    most = num_rows if jax.default_backend() != "cpu" else 16 if math.prod(size) < 1000 else 4
+    return min(n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= most)
 
 
-def make_batched(function: Callable, config: Config, by_size: bool = True) -> Callable:
-    """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
-    is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
-    They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
-    together and cost nothing; what they get means nothing. `by_size=False`: one size for all. Not differentiable."""
-
-    @jax.custom_batching.custom_vmap
-    @jax.jit  # Traced once, however often `vmap` asks.
-    def run_batch(params, *batch):
-        observation, num_rows = batch[0], len(batch[0].action_mask)
-        num_parts = num_rows // rows_of_a_part(num_rows, observation)
-        sizes = sizes_of_tokens(config, observation)[0 if by_size else -1 :]
-
-        def at_size(size, part):
-            if size != (0, 0):
-                return function(params, size, *part)
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda part: function(params, sizes[0], *part), part))
-
-        parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, batch)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(num_rows), unique_indices=True)
-        return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:])[place], parts)
+def make_batched(function: Callable) -> Callable:
+    """Returns run(params, *row): function(params, *rows [n, ...]), for one network, of all rows that `vmap` brings
+    together. They are played in parts that are chosen from the whole batch, so we define the vmap rule ourselves. Not
+    differentiable."""
+    run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
@@ -571,16 +553,29 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat)
         return result, jax.tree.map(lambda _: True, result)
 
-    def run(params, observation, rows=()):
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], (observation, rows))
-        return jax.tree.map(lambda x: x[0], run_batch(params, *batch))
+    def run(params, *row):
+        return jax.tree.map(lambda x: x[0], run_batch(params, *jax.tree.map(lambda x: jnp.asarray(x)[None], row)))
 
     return run
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`. Losses use `network.apply`."""
-    return make_batched(lambda params, size, observation, _: network.apply(params, None, observation, size), config)
+    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`; zeros for rows that stand in
+    parts without a legal action. Losses use `network.apply`."""
+
+    @make_batched
+    def predict(params, observation):
+        sizes, shape = sizes_of_tokens(config, observation), observation.action_mask.shape
+
+        def of_part(rows, carry):
+            part = jax.tree.map(lambda x: x[rows], observation)
+            run = lambda size, part: network.apply(params, None, part, size)
+            return jax.tree.map(lambda x, y: x.at[rows].set(y), carry, at_smallest_size(run, sizes, part, part))
+
+        zeros = jnp.zeros((shape[0], math.prod(shape[1:]))), jnp.zeros(shape[0])
+        return in_parts(of_part, sizes, number_of_parts(observation), observation, zeros)
+
+    return predict
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -799,12 +794,18 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     sizes = sizes_of_tokens(config, batch.observation)
     num_parts = math.gcd(len(batch.mask), 4) if len(sizes) > 1 else 1
 
-    def of_part(size, part):
+    @functools.partial(jax.jit, static_argnums=0)  # Traced once a size.
+    def of_rows(size, part):
         sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    parts, _ = in_parts(of_part, sizes, num_parts, batch.observation, batch)
-    return jax.tree.map(lambda x: x.sum(0), parts)
+    def of_part(rows, total):
+        part = jax.tree.map(lambda x: x[rows], batch)
+        return jax.tree.map(jnp.add, total, at_smallest_size(of_rows, sizes, part.observation, part))
+
+    part = jax.tree.map(lambda x: x[: len(x) // num_parts], batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(functools.partial(of_rows, sizes[0]), part))
+    return in_parts(of_part, sizes, num_parts, batch.observation, zeros)
 
 
 def apply_gradients(config: Config, params: Any, opt_state: Any, loss: jax.Array, grads: jax.Array, rate: jax.Array):

@@ -570,47 +570,29 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
 
 
-def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, rows: Any) -> tuple:
-    """Takes the rows of a batch in parts: rows that need the same size are brought together, and each part is run at
-    its own. Returns function(size, rows of a part) of all parts, leaves [parts, ...], and the order of the rows."""
-    order = jnp.argsort(index_of_smallest_size(sizes, observation))
-
-    def of_part(indices: jax.Array) -> Any:
-        gathered = lambda size, indices: function(size, jax.tree.map(lambda x: jnp.asarray(x)[indices], rows))
-        legal = observation._replace(action_mask=observation.action_mask[indices])  # All that a size depends on.
-        return at_smallest_size(gathered, sizes, legal, indices)
-
-    return jax.lax.map(of_part, order.reshape(num_parts, -1)), order
+def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, carry: Any) -> Any:
+    """carry = function(rows, carry) for each part of a batch of observations [n, ...], where `rows` int32 [n / parts]
+    are the part's. Those that need the same size are brought together. Those without a legal action come first, and
+    parts of such rows alone are left out."""
+    index = index_of_smallest_size(((0, 0), *sizes), observation)
+    order = jnp.argsort(index).reshape(num_parts, -1)
+    first = (index == 0).sum() // order.shape[1]
+    return jax.lax.fori_loop(first, num_parts, lambda i, carry: function(order[i], carry), carry)
 
 
-def rows_of_a_part(num_rows: int, observation: Observation) -> int:
-    """How many rows the network plays at a time: on a CPU at most 16, or 4 large ones, which fit the caches."""
-    most = 16 if math.prod(observation.action_mask.shape[-2:]) < 1000 else 4
-    most = most if jax.default_backend() == "cpu" else num_rows
-    return max(n for n in range(1, most + 1) if num_rows % n == 0)
+def number_of_parts(observation: Observation) -> int:
+    """In how many parts the network plays a batch: on a CPU of 16 rows at most, or 4 large ones, which fit the caches.
+    Elsewhere of all."""
+    num_rows, *size = observation.action_mask.shape
+    most = num_rows if jax.default_backend() != "cpu" else 16 if math.prod(size) < 1000 else 4
+    return min(n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= most)
 
 
-def make_batched(function: Callable, config: Config, by_size: bool = True) -> Callable:
-    """Returns run(params, observation, rows=()), for one network and one observation with what else is of its row. It
-    is function(params, size, observation [n, ...], rows [n, ...]) of all rows that `vmap` brings together, in parts.
-    They are chosen from the whole batch, so we define the vmap rule ourselves. Rows without a legal action stand
-    together and cost nothing; what they get means nothing. `by_size=False`: one size for all. Not differentiable."""
-
-    @jax.custom_batching.custom_vmap
-    @jax.jit  # Traced once, however often `vmap` asks.
-    def run_batch(params, *batch):
-        observation, num_rows = batch[0], len(batch[0].action_mask)
-        num_parts = num_rows // rows_of_a_part(num_rows, observation)
-        sizes = sizes_of_tokens(config, observation)[0 if by_size else -1 :]
-
-        def at_size(size, part):
-            if size != (0, 0):
-                return function(params, size, *part)
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda part: function(params, sizes[0], *part), part))
-
-        parts, order = in_parts(at_size, ((0, 0), *sizes), num_parts, observation, batch)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(num_rows), unique_indices=True)
-        return jax.tree.map(lambda x: x.reshape(num_rows, *x.shape[2:])[place], parts)
+def make_batched(function: Callable) -> Callable:
+    """Returns run(params, *row): function(params, *rows [n, ...]), for one network, of all rows that `vmap` brings
+    together. They are played in parts that are chosen from the whole batch, so we define the vmap rule ourselves. Not
+    differentiable."""
+    run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
@@ -621,16 +603,29 @@ def make_batched(function: Callable, config: Config, by_size: bool = True) -> Ca
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat)
         return result, jax.tree.map(lambda _: True, result)
 
-    def run(params, observation, rows=()):
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], (observation, rows))
-        return jax.tree.map(lambda x: x[0], run_batch(params, *batch))
+    def run(params, *row):
+        return jax.tree.map(lambda x: x[0], run_batch(params, *jax.tree.map(lambda x: jnp.asarray(x)[None], row)))
 
     return run
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`. Losses use `network.apply`."""
-    return make_batched(lambda params, size, observation, _: network.apply(params, None, observation, size), config)
+    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`; zeros for rows that stand in
+    parts without a legal action. Losses use `network.apply`."""
+
+    @make_batched
+    def predict(params, observation):
+        sizes, shape = sizes_of_tokens(config, observation), observation.action_mask.shape
+
+        def of_part(rows, carry):
+            part = jax.tree.map(lambda x: x[rows], observation)
+            run = lambda size, part: network.apply(params, None, part, size)
+            return jax.tree.map(lambda x, y: x.at[rows].set(y), carry, at_smallest_size(run, sizes, part, part))
+
+        zeros = jnp.zeros((shape[0], math.prod(shape[1:]))), jnp.zeros(shape[0])
+        return in_parts(of_part, sizes, number_of_parts(observation), observation, zeros)
+
+    return predict
 
 
 def argmax(logits: jax.Array) -> jax.Array:
@@ -728,35 +723,50 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value, no_line)
 
-    @functools.partial(make_batched, config=config, by_size=False)
-    def step(_, size: Any, observation: Observation, rows: tuple[State, jax.Array]) -> tuple:
-        state, timestep = jax.vmap(functools.partial(step_flat, env))(*rows)
-        return state, timestep.observation, timestep.reward, jax.vmap(ev.state_hash)(state)
+    @make_batched
+    def complete(params: Any, state: State, observation: Observation, lines: Line) -> tuple:
+        """Plays rows [B, ...] greedily, each to the end or to a state of its lines [B, n, ...] -> (state, observation,
+        number of the line that was met or n [B], logits of the first move [B, A], and of a line hash and reward)."""
+        num_rows, num_lines = lines.solved.shape
+        sizes, blocks, start = sizes_of_tokens(config, observation), observation.blocks, state.items_placed.sum(-1)
+
+        def play_part(rows, carry):
+            take = functools.partial(jax.tree.map, lambda x: x[rows])
+            state, observation = take(carry[:2])
+            n, has_ended = state.items_placed.sum(-1), ~has_legal_action(observation)
+            run = lambda size, observation: network.apply(params, None, observation, size)[0]
+            logits = at_smallest_size(run, sizes, observation, observation._replace(blocks=take(blocks)))
+            state, timestep = jax.vmap(functools.partial(step_flat, env))(state, argmax(logits))
+            found = jax.vmap(ev.state_hash)(state)
+            meets = (lines.hash[rows, :, n + 1] == found[:, None]).all(-1)
+            met = jnp.where(meets, jnp.arange(num_lines), num_lines).min(-1)
+            legal = timestep.observation.action_mask & (met == num_lines)[:, None, None]
+            new = state, timestep.observation._replace(action_mask=legal), met
+
+            first = jnp.where(has_ended | (n > start[rows]), num_rows, rows)
+            rows = jnp.where(has_ended, num_rows, rows)  # There is no such row, and nothing is written.
+            *old, prior, hashes, rewards = carry
+            new = jax.tree.map(lambda x, y: x.at[rows].set(y), tuple(old), new)
+            hashes, rewards = hashes.at[rows, n + 1].set(found), rewards.at[rows, n].set(timestep.reward)
+            return *new, prior.at[first].set(logits), hashes, rewards
+
+        prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
+        own = (jnp.broadcast_to(x, (num_rows, *x.shape)) for x in no_line[:2])
+        init = state, observation._replace(blocks=None), jnp.full(num_rows, num_lines), prior, *own
+        body = lambda carry: in_parts(play_part, sizes, number_of_parts(observation), carry[1], carry)
+        return jax.lax.while_loop(lambda carry: has_legal_action(carry[1]).any(), body, init)
 
     def completion_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
         """The value is the return of playing greedily to the end; the first pass gives the prior."""
-        start, blocks = state.items_placed.sum(), observation.blocks  # Large, and the same all along.
-
-        def body(carry):
-            n, prior, state, observation, own, _ = carry
-            logits, _ = predict(params, observation._replace(blocks=blocks))
-            state, observation, reward, found = step((), observation, (state, argmax(logits)))
-            own = own._replace(hash=own.hash.at[n + 1].set(found), reward=own.reward.at[n].set(reward))
-            meets = (lines.hash[:, n + 1] == found).all(-1)
-            observation = observation._replace(action_mask=observation.action_mask & ~meets.any())
-            return n + 1, jnp.where(n == start, logits, prior), state, observation, own, meets
-
-        prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
-        own = no_line._replace(hash=no_line.hash.at[start].set(ev.state_hash(state)))
-        init = start, prior, state.replace(blocks=None), observation._replace(blocks=None), own, lines.solved & False
-        end, prior, state, _, own, meets = jax.lax.while_loop(lambda carry: has_legal_action(carry[3]), body, init)
+        start = state.items_placed.sum()
+        last, _, met, prior, hashes, rewards = complete(params, state.replace(blocks=None), observation, lines)
         logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
-        rest = jax.tree.map(lambda x: x[meets.argmax()] * meets.any(), lines)
-        hashes = jnp.where(depths[:, None] < end, own.hash, rest.hash)
-        solved = rest.solved | (state.items_placed | ~state.items_mask).all()
-        own = Line(hashes, jnp.where(depths < end, own.reward, rest.reward), solved)
-        value = (own.reward * config.discount ** (depths - start)).sum(where=depths >= start)
-        return Node(actions, logits, value, own)
+        rest = jax.tree.map(lambda x: x.at[met].get(mode="fill", fill_value=0), lines)
+        end, hashes = last.items_placed.sum(), hashes.at[start].set(ev.state_hash(state))
+        rewards = jnp.where(depths < end, rewards, rest.reward)
+        solved = rest.solved | (last.items_placed | ~last.items_mask).all()
+        value = (rewards * config.discount ** (depths - start)).sum(where=depths >= start)
+        return Node(actions, logits, value, Line(jnp.where(depths[:, None] < end, hashes, rest.hash), rewards, solved))
 
     make_node = completion_node if config.leaf_value == "completion" else network_node
     start = lambda *of: (make_node(*of, no_lines), no_lines)
@@ -1205,12 +1215,18 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     sizes = sizes_of_tokens(config, batch.observation)
     num_parts = math.gcd(len(batch.mask), 4) if len(sizes) > 1 else 1
 
-    def of_part(size, part):
+    @functools.partial(jax.jit, static_argnums=0)  # Traced once a size.
+    def of_rows(size, part):
         sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    parts, _ = in_parts(of_part, sizes, num_parts, batch.observation, batch)
-    return jax.tree.map(lambda x: x.sum(0), parts)
+    def of_part(rows, total):
+        part = jax.tree.map(lambda x: x[rows], batch)
+        return jax.tree.map(jnp.add, total, at_smallest_size(of_rows, sizes, part.observation, part))
+
+    part = jax.tree.map(lambda x: x[: len(x) // num_parts], batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(functools.partial(of_rows, sizes[0]), part))
+    return in_parts(of_part, sizes, num_parts, batch.observation, zeros)
 
 
 def apply_gradients(
