@@ -709,10 +709,11 @@ class Decision(NamedTuple):
 
 
 def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, num_nodes: int) -> tuple:
-    """Returns start(params, state, observation) -> memory, and make_child((params, lines), state, node, index, wanted)
-    -> (reward, discount, state, node) after the node's action `index`; an unwanted node costs little and means nothing.
-    The memory of a search is its root and the lines of the last search's nodes, leaves [num_nodes, ...]. A completion
-    that meets one of these, or its parent's, goes on like it: many orders of the same moves lead to the same state."""
+    """Returns start(params, state, observation) -> memory, and make_child((params, lines, blocks), state, node, index,
+    wanted) -> (reward, discount, state, node) after the node's action `index`; an unwanted node costs little and means
+    nothing. The memory of a search is its root and the lines of the last search's nodes, leaves [num_nodes, ...]. A
+    completion that meets one of these, or its parent's, goes on like it: many orders of the same moves lead to the same
+    state. States in a tree do without the blocks, which are large and those of the observation all along."""
     predict = make_predict(network, config)
     shape = num_nodes, env.generator.max_num_items
     no_lines = Line(jnp.zeros((*shape, 2), jnp.uint32), jnp.zeros(shape), jnp.zeros(num_nodes, bool))
@@ -771,11 +772,11 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
     make_node = completion_node if config.leaf_value == "completion" else network_node
     start = lambda *of: (make_node(*of, no_lines), no_lines)
 
-    def make_child(known: tuple[Any, Line], state: State, node: Node, index: jax.Array, wanted: Any = True) -> tuple:
-        params, lines = known
+    def make_child(known: tuple, state: State, node: Node, index: jax.Array, wanted: Any = True) -> tuple:
+        params, lines, blocks = known
         state, timestep = step_flat(env, state, node.actions[index])
         lines = jax.tree.map(lambda x, others: jnp.concatenate([x[None], others]), node.line, lines)
-        observation = timestep.observation._replace(action_mask=timestep.observation.action_mask & wanted)
+        observation = timestep.observation._replace(action_mask=state.action_mask & wanted, blocks=blocks)
         node = make_node(params, state, observation, lines)
         return timestep.reward, config.discount * timestep.discount, state, node
 
@@ -800,7 +801,8 @@ def make_search_policy(
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
-        root, known = memory[0], (params, memory[1])
+        (root, lines), state = memory, state.replace(blocks=None)
+        known = params, lines, observation.blocks
         legal = legal_actions(observation)[root.actions] & looked_at(root)
         # mctx first visits the actions of largest prior and noise, one by one. With its noise we make them together.
         noise = gumbel_scale * jax.random.gumbel(jax.random.split(key)[1], legal.shape)
@@ -873,7 +875,7 @@ class Tree(NamedTuple):
 def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
     repeat = lambda x: jnp.broadcast_to(x, (num_nodes, *jnp.shape(x)))
     zeros, children = jnp.zeros(num_nodes), jnp.zeros((num_nodes, len(root.actions)), jnp.int32)
-    state, node = jax.tree.map(repeat, (state, root))
+    state, node = jax.tree.map(repeat, (state.replace(blocks=None), root))
     visits = zeros.at[0].set(1)
     return Tree(state, node, jnp.full(num_nodes, -1), children, zeros, zeros, visits, zeros.at[0].set(root.value))
 
@@ -942,7 +944,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         return tree._replace(visits=visits, value=values)
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
-        root, lines = memory
+        root, known = memory[0], (params, memory[1], observation.blocks)
         act_key, noise_key, _ = jax.random.split(key, 3)
         legal, fraction = legal_actions(observation)[root.actions], config.dirichlet_fraction
         noise = jnp.where(legal, jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha)), 0.0)
@@ -953,7 +955,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         def simulate(i, tree):
             init = jnp.zeros(tree.child.shape), *jnp.zeros((2, workers), jnp.int32)
             _, parents, indices = jax.lax.fori_loop(0, workers, functools.partial(descend, tree), init)
-            tree = grow(make_child, (params, lines), tree, 1 + i * workers, parents, indices)
+            tree = grow(make_child, known, tree, 1 + i * workers, parents, indices)
             return jax.lax.fori_loop(0, workers, lambda w, tree: backup(tree, tree.child[parents[w], indices[w]]), tree)
 
         tree = start_tree(state, noisy, 1 + config.num_simulations)
@@ -983,7 +985,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
         return jnp.where(count[node] > 0, logits, MASKED)
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
-        root, lines = memory
+        root, known = memory[0], (params, memory[1], observation.blocks)
 
         def rollout(i, carry):
             tree, count = carry
@@ -996,7 +998,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 
             leaf, depth = jax.lax.while_loop(lambda carry: count[carry[0]].any(), descend, (0, 0))
             samples = jax.random.categorical(sample_key, tree.node.logits[leaf], shape=(num_samples,))
-            grown = grow(make_child, (params, lines), tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
+            grown = grow(make_child, known, tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
             is_within = depth < config.search_depth
             tree = grown._replace(child=jnp.where(is_within, grown.child, tree.child))
             count = count.at[leaf, samples].add(jnp.where(is_within, 1.0, 0.0))
