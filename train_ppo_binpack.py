@@ -520,28 +520,25 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
 
 
-def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, carry: Any) -> Any:
-    """carry = function(rows, carry) for each part of a batch of observations [n, ...], where `rows` int32 [n / parts]
-    are the part's. Those that need the same size are brought together. Those without a legal action come first, and
-    parts of such rows alone are left out."""
-    index = index_of_smallest_size(((0, 0), *sizes), observation)
-    order = jnp.argsort(index).reshape(num_parts, -1)
-    first = (index == 0).sum() // order.shape[1]
-    return jax.lax.fori_loop(first, num_parts, lambda i, carry: function(order[i], carry), carry)
-
-
-def number_of_parts(observation: Observation) -> int:
-    """In how many parts the network plays a batch: on a CPU of 16 rows at most, or 4 large ones, which fit the caches.
-    Elsewhere of all."""
+def rows_of_a_part(observation: Observation) -> int:
+    """How many rows of a batch the network plays at a time: on a CPU at most 16, or 4 large ones, which fit caches."""
     num_rows, *size = observation.action_mask.shape
     most = num_rows if jax.default_backend() != "cpu" else 16 if math.prod(size) < 1000 else 4
-    return min(n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= most)
+    return max(n for n in range(1, most + 1) if num_rows % n == 0)
+
+
+def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: Any) -> Any:
+    """carry = function(rows, carry) for the parts of a batch of observations [n, ...]. The `rows` of one, int32, need
+    the same size. Those without a legal action come first, and parts of them alone are left out."""
+    index = index_of_smallest_size(((0, 0), *sizes), observation)
+    order = jnp.argsort(index).reshape(-1, rows_of_a_part(observation))
+    first = (index == 0).sum() // order.shape[1]
+    return jax.lax.fori_loop(first, len(order), lambda i, carry: function(order[i], carry), carry)
 
 
 def make_batched(function: Callable) -> Callable:
-    """Returns run(params, *row): function(params, *rows [n, ...]), for one network, of all rows that `vmap` brings
-    together. They are played in parts that are chosen from the whole batch, so we define the vmap rule ourselves. Not
-    differentiable."""
+    """Returns run(params, *row): function(params, *rows [n, ...]) of all rows that `vmap` brings together, with one
+    network. Parts are chosen from the whole batch, so we define the vmap rule ourselves. Not differentiable."""
     run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
@@ -560,8 +557,8 @@ def make_batched(function: Callable) -> Callable:
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`; zeros for rows that stand in
-    parts without a legal action. Losses use `network.apply`."""
+    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`. Losses use `network.apply`.
+    What an observation without a legal action gets means nothing."""
 
     @make_batched
     def predict(params, observation):
@@ -573,7 +570,7 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
             return jax.tree.map(lambda x, y: x.at[rows].set(y), carry, at_smallest_size(run, sizes, part, part))
 
         zeros = jnp.zeros((shape[0], math.prod(shape[1:]))), jnp.zeros(shape[0])
-        return in_parts(of_part, sizes, number_of_parts(observation), observation, zeros)
+        return in_parts(of_part, sizes, observation, zeros)
 
     return predict
 
@@ -588,11 +585,7 @@ def argmax(logits: jax.Array) -> jax.Array:
 def make_greedy_policy(network: hk.Transformed, config: Config) -> Policy:
     """The network's most probable action."""
     predict = make_predict(network, config)
-
-    def act(params, key, state, observation, memory):
-        return argmax(predict(params, observation)[0]), None, memory
-
-    return Policy(act)
+    return Policy(lambda params, _, __, observation, memory: (argmax(predict(params, observation)[0]), None, memory))
 
 
 class Trajectory(NamedTuple):
@@ -793,19 +786,17 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     four parts. The gradient is one vector, so that what follows is one operation and not one for each parameter."""
     sizes = sizes_of_tokens(config, batch.observation)
     num_parts = math.gcd(len(batch.mask), 4) if len(sizes) > 1 else 1
+    order = jnp.argsort(index_of_smallest_size(sizes, batch.observation))
 
-    @functools.partial(jax.jit, static_argnums=0)  # Traced once a size.
-    def of_rows(size, part):
+    def at_size(size, part):
         sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    def of_part(rows, total):
-        part = jax.tree.map(lambda x: x[rows], batch)
-        return jax.tree.map(jnp.add, total, at_smallest_size(of_rows, sizes, part.observation, part))
+    def of_part(rows):
+        part = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
+        return at_smallest_size(at_size, sizes, part.observation, part)
 
-    part = jax.tree.map(lambda x: x[: len(x) // num_parts], batch)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(functools.partial(of_rows, sizes[0]), part))
-    return in_parts(of_part, sizes, num_parts, batch.observation, zeros)
+    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, order.reshape(num_parts, -1)))
 
 
 def apply_gradients(config: Config, params: Any, opt_state: Any, loss: jax.Array, grads: jax.Array, rate: jax.Array):

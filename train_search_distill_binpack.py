@@ -150,8 +150,7 @@ class Config(ev.Sizes):
     needs |= dict.fromkeys(("num_sampled_actions", "search_depth", "soft_temperature"), "improvement=treepi")
 
     def run_dir(self) -> Path:
-        method = f"nsim_{self.num_simulations}"
-        method = method if self.improvement == "gumbel" else f"{self.improvement}_{method}"
+        method = ("" if self.improvement == "gumbel" else f"{self.improvement}_") + f"nsim_{self.num_simulations}"
         return Path(self.save_dir) / self.env_name / method / ev.sweep_trial() / f"seed_{self.seed}"
 
     def is_due(self, iteration: int, interval: int) -> bool:
@@ -570,28 +569,25 @@ def at_smallest_size(function: Callable, sizes: tuple, observation: Observation,
     return jax.lax.switch(index_of_smallest_size(sizes, observation, batch=True), branches, *arguments)
 
 
-def in_parts(function: Callable, sizes: tuple, num_parts: int, observation: Observation, carry: Any) -> Any:
-    """carry = function(rows, carry) for each part of a batch of observations [n, ...], where `rows` int32 [n / parts]
-    are the part's. Those that need the same size are brought together. Those without a legal action come first, and
-    parts of such rows alone are left out."""
-    index = index_of_smallest_size(((0, 0), *sizes), observation)
-    order = jnp.argsort(index).reshape(num_parts, -1)
-    first = (index == 0).sum() // order.shape[1]
-    return jax.lax.fori_loop(first, num_parts, lambda i, carry: function(order[i], carry), carry)
-
-
-def number_of_parts(observation: Observation) -> int:
-    """In how many parts the network plays a batch: on a CPU of 16 rows at most, or 4 large ones, which fit the caches.
-    Elsewhere of all."""
+def rows_of_a_part(observation: Observation) -> int:
+    """How many rows of a batch the network plays at a time: on a CPU at most 16, or 4 large ones, which fit caches."""
     num_rows, *size = observation.action_mask.shape
     most = num_rows if jax.default_backend() != "cpu" else 16 if math.prod(size) < 1000 else 4
-    return min(n for n in range(1, num_rows + 1) if num_rows % n == 0 and num_rows // n <= most)
+    return max(n for n in range(1, most + 1) if num_rows % n == 0)
+
+
+def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: Any) -> Any:
+    """carry = function(rows, carry) for the parts of a batch of observations [n, ...]. The `rows` of one, int32, need
+    the same size. Those without a legal action come first, and parts of them alone are left out."""
+    index = index_of_smallest_size(((0, 0), *sizes), observation)
+    order = jnp.argsort(index).reshape(-1, rows_of_a_part(observation))
+    first = (index == 0).sum() // order.shape[1]
+    return jax.lax.fori_loop(first, len(order), lambda i, carry: function(order[i], carry), carry)
 
 
 def make_batched(function: Callable) -> Callable:
-    """Returns run(params, *row): function(params, *rows [n, ...]), for one network, of all rows that `vmap` brings
-    together. They are played in parts that are chosen from the whole batch, so we define the vmap rule ourselves. Not
-    differentiable."""
+    """Returns run(params, *row): function(params, *rows [n, ...]) of all rows that `vmap` brings together, with one
+    network. Parts are chosen from the whole batch, so we define the vmap rule ourselves. Not differentiable."""
     run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
@@ -610,8 +606,8 @@ def make_batched(function: Callable) -> Callable:
 
 
 def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Observation], tuple[jax.Array, jax.Array]]:
-    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`; zeros for rows that stand in
-    parts without a legal action. Losses use `network.apply`."""
+    """Returns predict(params, observation) -> (logits [A], value []) by `make_batched`. Losses use `network.apply`.
+    What an observation without a legal action gets means nothing."""
 
     @make_batched
     def predict(params, observation):
@@ -623,7 +619,7 @@ def make_predict(network: hk.Transformed, config: Config) -> Callable[[Any, Obse
             return jax.tree.map(lambda x, y: x.at[rows].set(y), carry, at_smallest_size(run, sizes, part, part))
 
         zeros = jnp.zeros((shape[0], math.prod(shape[1:]))), jnp.zeros(shape[0])
-        return in_parts(of_part, sizes, number_of_parts(observation), observation, zeros)
+        return in_parts(of_part, sizes, observation, zeros)
 
     return predict
 
@@ -638,11 +634,7 @@ def argmax(logits: jax.Array) -> jax.Array:
 def make_greedy_policy(network: hk.Transformed, config: Config) -> Policy:
     """The network's most probable action."""
     predict = make_predict(network, config)
-
-    def act(params, key, state, observation, memory):
-        return argmax(predict(params, observation)[0]), None, memory
-
-    return Policy(act)
+    return Policy(lambda params, _, __, observation, memory: (argmax(predict(params, observation)[0]), None, memory))
 
 
 class Trajectory(NamedTuple):
@@ -713,16 +705,11 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
     wanted) -> (reward, discount, state, node) after the node's action `index`; an unwanted node costs little and means
     nothing. The memory of a search is its root and the lines of the last search's nodes, leaves [num_nodes, ...]. A
     completion that meets one of these, or its parent's, goes on like it: many orders of the same moves lead to the same
-    state. States in a tree do without the blocks, which are large and those of the observation all along."""
+    state. The states of a tree do without blocks, which are large and never change."""
     predict = make_predict(network, config)
     shape = num_nodes, env.generator.max_num_items
     no_lines = Line(jnp.zeros((*shape, 2), jnp.uint32), jnp.zeros(shape), jnp.zeros(num_nodes, bool))
     depths, no_line = jnp.arange(shape[1]), jax.tree.map(lambda x: x[0], no_lines)
-
-    def network_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
-        logits, value = predict(params, observation)
-        logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
-        return Node(actions, logits, value, no_line)
 
     @make_batched
     def complete(params: Any, state: State, observation: Observation, lines: Line) -> tuple:
@@ -752,24 +739,26 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
             return *new, prior.at[first].set(logits), hashes, rewards
 
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
-        own = (jnp.broadcast_to(x, (num_rows, *x.shape)) for x in no_line[:2])
+        own = (jnp.zeros_like(x[:, 0]) for x in lines[:2])
         init = state, observation._replace(blocks=None), jnp.full(num_rows, num_lines), prior, *own
-        body = lambda carry: in_parts(play_part, sizes, number_of_parts(observation), carry[1], carry)
+        body = lambda carry: in_parts(play_part, sizes, carry[1], carry)
         return jax.lax.while_loop(lambda carry: has_legal_action(carry[1]).any(), body, init)
 
-    def completion_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
-        """The value is the return of playing greedily to the end; the first pass gives the prior."""
-        start = state.items_placed.sum()
-        last, _, met, prior, hashes, rewards = complete(params, state.replace(blocks=None), observation, lines)
-        logits, actions = jax.lax.top_k(prior, min(config.search_width, prior.size))
-        rest = jax.tree.map(lambda x: x.at[met].get(mode="fill", fill_value=0), lines)
-        end, hashes = last.items_placed.sum(), hashes.at[start].set(ev.state_hash(state))
-        rewards = jnp.where(depths < end, rewards, rest.reward)
-        solved = rest.solved | (last.items_placed | ~last.items_mask).all()
-        value = (rewards * config.discount ** (depths - start)).sum(where=depths >= start)
-        return Node(actions, logits, value, Line(jnp.where(depths[:, None] < end, hashes, rest.hash), rewards, solved))
+    def make_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
+        """The value of a completion is the return of playing greedily to the end; its first pass gives the prior."""
+        if config.leaf_value == "network":
+            (logits, value), line = predict(params, observation), no_line
+        else:
+            last, _, met, logits, *own = complete(params, state.replace(blocks=None), observation, lines)
+            start, end = state.items_placed.sum(), last.items_placed.sum()
+            rest = jax.tree.map(lambda x: x.at[met].get(mode="fill", fill_value=0), lines)
+            hashes = jnp.where(depths[:, None] < end, own[0].at[start].set(ev.state_hash(state)), rest.hash)
+            rewards = jnp.where(depths < end, own[1], rest.reward)
+            line = Line(hashes, rewards, rest.solved | (last.items_placed | ~last.items_mask).all())
+            value = (rewards * config.discount ** (depths - start)).sum(where=depths >= start)
+        logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
+        return Node(actions, logits, value, line)
 
-    make_node = completion_node if config.leaf_value == "completion" else network_node
     start = lambda *of: (make_node(*of, no_lines), no_lines)
 
     def make_child(known: tuple, state: State, node: Node, index: jax.Array, wanted: Any = True) -> tuple:
@@ -783,6 +772,12 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
     return start, make_child
 
 
+def conclude(root: Node, weights: jax.Array, taken, value, nodes: Node, child) -> tuple[jax.Array, Decision, tuple]:
+    """What `act` returns after a search: action, decision and memory, whose root is the `child` among `nodes`."""
+    decision = Decision(root.actions, weights, jax.nn.log_softmax(root.logits), taken, value)
+    return root.actions[taken], decision, (jax.tree.map(lambda x: x[child], nodes), nodes.line)
+
+
 def make_search_policy(
     env: BinPack, network: hk.Transformed, config: Config, num_simulations: int, gumbel_scale: float, plays=False
 ) -> Policy:
@@ -791,13 +786,10 @@ def make_search_policy(
     A node keeps its `search_width` best actions, so the tree's arrays are K wide and not A. With
     leaf_value=completion the value of a node is what greedy play from there achieves, an exact lower bound of the
     optimum. The memory has the next root: the chosen child has been evaluated by the search that chose it. A search
-    that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item.
-    """
+    that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item."""
     start, make_child = make_tree_functions(env, network, config, 1 + num_simulations)
-    qtransform = functools.partial(
-        mctx.qtransform_completed_by_mix_value,
-        **config.model_dump(include={"value_scale", "maxvisit_init", "rescale_values"}),
-    )
+    keys = config.model_dump(include={"value_scale", "maxvisit_init", "rescale_values"})
+    qtransform = functools.partial(mctx.qtransform_completed_by_mix_value, **keys)
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
@@ -834,11 +826,9 @@ def make_search_policy(
             gumbel_scale=gumbel_scale,
         )
         output = jax.tree.map(lambda x: x[0], output)
-        tree = output.search_tree
-        next_node = jax.tree.map(lambda x: x[tree.children_index[0, output.action]], tree.embeddings[1])
-        prior = jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
-        decision = Decision(root.actions, output.action_weights, prior, output.action, tree.node_values[0])
-        return root.actions[output.action], decision, (next_node, tree.embeddings[1].line)
+        tree, taken = output.search_tree, output.action
+        nodes, child = tree.embeddings[1], tree.children_index[0, taken]
+        return conclude(root, output.action_weights, taken, tree.node_values[0], nodes, child)
 
     # mctx draws one noise array for a batch. Searching each episode in a batch of one, under vmap, ties the noise
     # to the episode's own key, so that an episode does not depend on the device that plays it.
@@ -876,13 +866,11 @@ def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
     repeat = lambda x: jnp.broadcast_to(x, (num_nodes, *jnp.shape(x)))
     zeros, children = jnp.zeros(num_nodes), jnp.zeros((num_nodes, len(root.actions)), jnp.int32)
     state, node = jax.tree.map(repeat, (state.replace(blocks=None), root))
-    visits = zeros.at[0].set(1)
-    return Tree(state, node, jnp.full(num_nodes, -1), children, zeros, zeros, visits, zeros.at[0].set(root.value))
+    visits, value = zeros.at[0].set(1), zeros.at[0].set(root.value)
+    return Tree(state, node, jnp.full(num_nodes, -1), children, zeros, zeros, visits, value)
 
 
-def grow(
-    make_child: Callable, known: tuple, tree: Tree, num_nodes: jax.Array, parents: jax.Array, indices: jax.Array
-) -> Tree:
+def grow(make_child: Callable, known: tuple, tree: Tree, num_nodes, parents: jax.Array, indices: jax.Array) -> Tree:
     """Makes the children of [W] parents for the actions of these indices, evaluated together; the tree has `num_nodes`
     so far. Of a child that is made twice the last copy is kept."""
     states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
@@ -945,8 +933,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
         root, known = memory[0], (params, memory[1], observation.blocks)
-        act_key, noise_key, _ = jax.random.split(key, 3)
-        legal, fraction = legal_actions(observation)[root.actions], config.dirichlet_fraction
+        (act_key, noise_key, _), fraction = jax.random.split(key, 3), config.dirichlet_fraction
+        legal = legal_actions(observation)[root.actions]
         noise = jnp.where(legal, jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha)), 0.0)
         noise /= jnp.maximum(noise.sum(), 1e-9)
         mixed = jnp.log((1.0 - fraction) * jax.nn.softmax(root.logits) + fraction * noise)
@@ -960,12 +948,10 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 
         tree = start_tree(state, noisy, 1 + config.num_simulations)
         tree = jax.lax.fori_loop(0, config.num_simulations // workers, simulate, tree)
-        child, prior = tree.child[0], jax.nn.log_softmax(jnp.where(legal, root.logits, MASKED))
+        child = tree.child[0]
         visits = jnp.where(child > 0, tree.visits[child], 0.0)
         taken = jax.random.categorical(act_key, jnp.log(visits) / config.acting_temperature)
-        next_node = jax.tree.map(lambda x: x[child[taken]], tree.node)
-        decision = Decision(root.actions, visits / visits.sum(), prior, taken, tree.value[0])
-        return root.actions[taken], decision, (next_node, tree.node.line)
+        return conclude(root, visits / visits.sum(), taken, tree.value[0], tree.node, child[taken])
 
     return Policy(act, start)
 
@@ -1016,10 +1002,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
         tree, count = jax.lax.fori_loop(0, num_rollouts, rollout, (tree, jnp.zeros(tree.child.shape)))
         logits = improved(tree, count, 0)
         taken = jax.random.categorical(jax.random.fold_in(key, num_rollouts), logits)
-        next_node = jax.tree.map(lambda x: x[tree.child[0, taken]], tree.node)
-        prior = jax.nn.log_softmax(root.logits)
-        decision = Decision(root.actions, jax.nn.softmax(logits), prior, taken, tree.value[0])
-        return root.actions[taken], decision, (next_node, tree.node.line)
+        return conclude(root, jax.nn.softmax(logits), taken, tree.value[0], tree.node, tree.child[0, taken])
 
     return Policy(act, start)
 
@@ -1216,19 +1199,17 @@ def gradients_in_parts(gradients: Callable, config: Config, batch: Any, params: 
     four parts. The gradient is one vector, so that what follows is one operation and not one for each parameter."""
     sizes = sizes_of_tokens(config, batch.observation)
     num_parts = math.gcd(len(batch.mask), 4) if len(sizes) > 1 else 1
+    order = jnp.argsort(index_of_smallest_size(sizes, batch.observation))
 
-    @functools.partial(jax.jit, static_argnums=0)  # Traced once a size.
-    def of_rows(size, part):
+    def at_size(size, part):
         sums, grads = gradients(size, params, part)
         return sums, ravel_pytree(grads)[0]
 
-    def of_part(rows, total):
-        part = jax.tree.map(lambda x: x[rows], batch)
-        return jax.tree.map(jnp.add, total, at_smallest_size(of_rows, sizes, part.observation, part))
+    def of_part(rows):
+        part = jax.tree.map(lambda x: jnp.asarray(x)[rows], batch)
+        return at_smallest_size(at_size, sizes, part.observation, part)
 
-    part = jax.tree.map(lambda x: x[: len(x) // num_parts], batch)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(functools.partial(of_rows, sizes[0]), part))
-    return in_parts(of_part, sizes, num_parts, batch.observation, zeros)
+    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, order.reshape(num_parts, -1)))
 
 
 def apply_gradients(

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import mctx
@@ -18,6 +19,12 @@ ACTIONS = 3
 NUM_STATES = sum(ACTIONS**depth for depth in range(4))  # A tree of three moves: state s leads to 3 s + 1, 2 and 3.
 
 
+@chex.dataclass
+class State:
+    number: jax.Array
+    blocks: None = None
+
+
 @pytest.fixture
 def toy(monkeypatch, config):
     """A game with known values: (rewards [states], the move to each; values [states]; the configuration)."""
@@ -26,11 +33,11 @@ def toy(monkeypatch, config):
     logits = jnp.array(noise.normal(0, 0.2, (NUM_STATES, ACTIONS)), jnp.float32)
 
     def start(params, state, _):
-        return script.Node(jnp.arange(ACTIONS), logits[state], values[state], line=state), ()
+        return script.Node(jnp.arange(ACTIONS), logits[state.number], values[state.number], line=state.number), ()
 
     def make_child(_, state, node, index):
-        state = 3 * state + 1 + index
-        return rewards[state], jnp.float32(1.0), state, start((), state, ())[0]
+        state = State(number=3 * state.number + 1 + index)
+        return rewards[state.number], jnp.float32(1.0), state, start((), state, ())[0]
 
     monkeypatch.setattr(script, "make_tree_functions", lambda *_: (start, make_child))
     monkeypatch.setattr(script, "legal_actions", lambda observation: jnp.ones(ACTIONS, bool))
@@ -39,8 +46,9 @@ def toy(monkeypatch, config):
 
 def searched(make, config, key=0, **keys):
     policy = make(None, None, config.model_copy(update=keys))
-    memory = policy.start((), jnp.int32(0), None)
-    return jax.jit(policy.act)((), jax.random.PRNGKey(key), jnp.int32(0), None, memory)
+    state, observation = State(number=jnp.int32(0)), evaluate.Observation(*[None] * 7)
+    memory = policy.start((), state, observation)
+    return jax.jit(policy.act)((), jax.random.PRNGKey(key), state, observation, memory)
 
 
 def test_treepi_backs_up_soft_values_as_brute_force_does(toy, monkeypatch):
@@ -184,15 +192,16 @@ def test_parallel_workers_are_those_of_a_slow_reference(toy, monkeypatch):
     assert meetings > 0
 
     def start(params, state, _):
+        state = state.number
         known = jnp.isin(state, jnp.array([-1, *terminal]))
         value = jnp.where(known, 0.0, jnp.array(values, jnp.float32)[state])
         return script.Node(jnp.arange(ACTIONS), jnp.array(logits, jnp.float32)[jnp.maximum(state, 0)], value, False), ()
 
     def make_child(_, state, node, i):
-        after = jnp.where(jnp.isin(state, jnp.array([-1, *terminal])), -1, 3 * state + 1 + i)
+        after = jnp.where(jnp.isin(state.number, jnp.array([-1, *terminal])), -1, 3 * state.number + 1 + i)
         ends = jnp.isin(after, jnp.array([-1, *terminal]))
         reward = jnp.where(after < 0, 0.0, jnp.array(rewards, jnp.float32)[after])
-        return reward, jnp.where(ends, 0.0, discount), after, start((), after, ())[0]
+        return reward, jnp.where(ends, 0.0, discount), State(number=after), start((), State(number=after), ())[0]
 
     monkeypatch.setattr(script, "make_tree_functions", lambda *_: (start, make_child))
     keys = dict(num_simulations=24, num_workers=4, dirichlet_fraction=0.0, c_puct=1.0)

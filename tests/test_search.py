@@ -226,11 +226,11 @@ def test_a_completion_that_meets_a_line_goes_on_like_it(env, network, config, pa
     moves = (np.asarray(own.line.reward) > 0).sum(1, where=depth >= 0)
     first = np.take_along_axis(np.asarray(own.line.reward), placed, 1)[:, 0]
     expected = first + (2.0 * 0.5**depth).sum(1, where=depth > 0) * (moves > 1)
-    child = jax.jit(jax.vmap(lambda lines, state, node: make_child((params, lines), state, node, 0)[-1]))
+    child = jax.jit(jax.vmap(lambda lines, blocks, *of: make_child((params, lines, blocks), *of, 0)[-1]))
     for lines, parents in ((no_lines, line), (one_of_them, no_line)):
         jax.effects_barrier()
         passes.clear()
-        found = child(lines, states, own._replace(line=parents))
+        found = child(lines, observations.blocks, states, own._replace(line=parents))
         jax.effects_barrier()
         np.testing.assert_allclose(found.value, expected, rtol=1e-6)
         np.testing.assert_array_equal(found.line.solved, own.line.solved ^ (moves > 1))
@@ -255,7 +255,7 @@ def test_the_nodes_of_the_first_simulations_are_made_together(env, network, conf
         jax.effects_barrier()
         return len(passes)
 
-    child = jax.jit(lambda index: make_child((params, lines), state, root, index))
+    child = jax.jit(lambda index: make_child((params, lines, observation.blocks), state, root, index))
     key = jax.random.PRNGKey(0)
     noise = jax.random.gumbel(jax.random.split(key)[1], root.logits.shape)  # As mctx draws it.
     for scale in (0.0, 1.0):

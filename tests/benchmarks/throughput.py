@@ -165,28 +165,25 @@ def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tu
     collection."""
     calls: collections.Counter = collections.Counter()
 
-    def count(name: Any, x: jax.Array) -> jax.Array:
-        """x, through a call of the host that counts a batch."""
+    def count(name: Any, x: jax.Array) -> None:
+        """Once for each row that `vmap` brings together."""
+        jax.debug.callback(lambda _: calls.update([name]), x)
 
-        def tell(x):
-            calls[name] += x[..., 0].size if name == "environment" else 1  # An action has two numbers.
-            return x
+    env, network = script.make_env(config), script.make_network(config)
+    step, apply = env.step, network.apply
 
-        return jax.pure_callback(tell, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method="broadcast_all")
-
-    network = script.make_network(config)
-    apply = network.apply
+    def counted_step(state, action):
+        count("environment", action)
+        return step(state, action)
 
     def counted_apply(params, rng, observation, size):
-        logits, value = apply(params, rng, observation, size)
-        return count(size, logits), value
+        count(size, observation.action_mask)  # A whole part, without vmap.
+        return apply(params, rng, observation, size)
 
-    env = script.make_env(config)
-    step = env.step
-    env.step = lambda state, action: step(state, count("environment", action))
-    network = network._replace(apply=counted_apply)
+    env.step, network = counted_step, network._replace(apply=counted_apply)
     policy = script.make_search_policy(env, network, config, config.num_simulations, config.gumbel_scale)
     jax.block_until_ready(jax.jit(script.make_rollout(env, policy))(params, keys))
+    jax.effects_barrier()
     steps = calls.pop("environment")
     return calls, steps
 
@@ -224,7 +221,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
     step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
     passes, env_steps = count_visits(config, params, keys)
-    part = script.rows_of_a_part(size, observation)
+    part = script.rows_of_a_part(observation)
     some = jax.tree.map(lambda x: x[:part], observation)
     network_seconds = flop = 0.0
     for network_size, number in passes.items():
