@@ -528,8 +528,8 @@ def rows_of_a_part(observation: Observation) -> int:
 
 
 def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: Any) -> Any:
-    """carry = function(rows, carry) for the parts of a batch of observations [n, ...]. The `rows` of one, int32, need
-    the same size. Those without a legal action come first, and parts of them alone are left out."""
+    """carry = function(rows, carry) for each part of a batch of observations [n, ...]; `rows`, int32, are sorted by the
+    size that they need. Rows without a legal action come first: parts of them alone are left out, one may have some."""
     index = index_of_smallest_size(((0, 0), *sizes), observation)
     order = jnp.argsort(index).reshape(-1, rows_of_a_part(observation))
     first = (index == 0).sum() // order.shape[1]
@@ -537,15 +537,15 @@ def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: 
 
 
 def make_batched(function: Callable) -> Callable:
-    """Returns run(params, *row): function(params, *rows [n, ...]) of all rows that `vmap` brings together, with one
-    network. Parts are chosen from the whole batch, so we define the vmap rule ourselves. Not differentiable."""
+    """Returns run(params, *row), what `function` says of one row. function(params, *rows) gets all rows that `vmap`
+    brings together, [n, ...], to choose parts from them; so we define the vmap rule ourselves. Not differentiable."""
     run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
         rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        batches = jax.tree.map(rows, batches, tuple(in_batched[1:]))  # After a reset some leaves are shared by all.
+        batches = jax.tree.map(rows, batches, tuple(in_batched[1:]))  # Repeats what rows share.
         flat = run_batch(params, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat)
         return result, jax.tree.map(lambda _: True, result)

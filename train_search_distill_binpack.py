@@ -577,8 +577,8 @@ def rows_of_a_part(observation: Observation) -> int:
 
 
 def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: Any) -> Any:
-    """carry = function(rows, carry) for the parts of a batch of observations [n, ...]. The `rows` of one, int32, need
-    the same size. Those without a legal action come first, and parts of them alone are left out."""
+    """carry = function(rows, carry) for each part of a batch of observations [n, ...]; `rows`, int32, are sorted by the
+    size that they need. Rows without a legal action come first: parts of them alone are left out, one may have some."""
     index = index_of_smallest_size(((0, 0), *sizes), observation)
     order = jnp.argsort(index).reshape(-1, rows_of_a_part(observation))
     first = (index == 0).sum() // order.shape[1]
@@ -586,15 +586,15 @@ def in_parts(function: Callable, sizes: tuple, observation: Observation, carry: 
 
 
 def make_batched(function: Callable) -> Callable:
-    """Returns run(params, *row): function(params, *rows [n, ...]) of all rows that `vmap` brings together, with one
-    network. Parts are chosen from the whole batch, so we define the vmap rule ourselves. Not differentiable."""
+    """Returns run(params, *row), what `function` says of one row. function(params, *rows) gets all rows that `vmap`
+    brings together, [n, ...], to choose parts from them; so we define the vmap rule ourselves. Not differentiable."""
     run_batch = jax.custom_batching.custom_vmap(jax.jit(function))  # Traced once, however often `vmap` asks.
 
     @run_batch.def_vmap
     def _(axis_size, in_batched, params, *batches):  # A batch of batches is a larger batch.
         assert not any(jax.tree.leaves(in_batched[0])), "one network for the whole batch"
         rows = lambda x, is_row: x if is_row else jnp.broadcast_to(x, (axis_size, *x.shape))
-        batches = jax.tree.map(rows, batches, tuple(in_batched[1:]))  # After a reset some leaves are shared by all.
+        batches = jax.tree.map(rows, batches, tuple(in_batched[1:]))  # Repeats what rows share.
         flat = run_batch(params, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches))
         result = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), flat)
         return result, jax.tree.map(lambda _: True, result)
@@ -712,50 +712,50 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
     depths, no_line = jnp.arange(shape[1]), jax.tree.map(lambda x: x[0], no_lines)
 
     @make_batched
-    def complete(params: Any, state: State, observation: Observation, lines: Line) -> tuple:
-        """Plays rows [B, ...] greedily, each to the end or to a state of its lines [B, n, ...] -> (state, observation,
-        number of the line that was met or n [B], logits of the first move [B, A], and of a line hash and reward)."""
-        num_rows, num_lines = lines.solved.shape
-        sizes, blocks, start = sizes_of_tokens(config, observation), observation.blocks, state.items_placed.sum(-1)
+    def complete(params: Any, state: State, observation: Observation, lines: jax.Array) -> tuple:
+        """Plays rows [B, ...] greedily, each to the end or to a state of its lines, whose hashes are [B, L, I, 2] ->
+        (items placed then [B, I], number of the line that was met or L [B], logits of the first move [B, A], and of the
+        moves the hashes of the states after [B, I, 2] and the rewards [B, I])."""
+        sizes, blocks, begin = sizes_of_tokens(config, observation), observation.blocks, state.items_placed.sum(-1)
+        num_rows, num_lines, num_items, _ = lines.shape
 
         def play_part(rows, carry):
-            take = functools.partial(jax.tree.map, lambda x: x[rows])
-            state, observation = take(carry[:2])
+            old, prior, hashes, rewards = carry
+            state, observation, _ = jax.tree.map(lambda x: x[rows], old)
             n, has_ended = state.items_placed.sum(-1), ~has_legal_action(observation)
+            is_first, of_blocks = n == begin[rows], jax.tree.map(lambda x: x[rows], blocks)
             run = lambda size, observation: network.apply(params, None, observation, size)[0]
-            logits = at_smallest_size(run, sizes, observation, observation._replace(blocks=take(blocks)))
+            logits = at_smallest_size(run, sizes, observation, observation._replace(blocks=of_blocks))
             state, timestep = jax.vmap(functools.partial(step_flat, env))(state, argmax(logits))
             found = jax.vmap(ev.state_hash)(state)
-            meets = (lines.hash[rows, :, n + 1] == found[:, None]).all(-1)
+            meets = (lines[rows, :, n + 1] == found[:, None]).all(-1)
             met = jnp.where(meets, jnp.arange(num_lines), num_lines).min(-1)
             legal = timestep.observation.action_mask & (met == num_lines)[:, None, None]
             new = state, timestep.observation._replace(action_mask=legal), met
-
-            first = jnp.where(has_ended | (n > start[rows]), num_rows, rows)
             rows = jnp.where(has_ended, num_rows, rows)  # There is no such row, and nothing is written.
-            *old, prior, hashes, rewards = carry
-            new = jax.tree.map(lambda x, y: x.at[rows].set(y), tuple(old), new)
-            hashes, rewards = hashes.at[rows, n + 1].set(found), rewards.at[rows, n].set(timestep.reward)
-            return *new, prior.at[first].set(logits), hashes, rewards
+            old = jax.tree.map(lambda x, y: x.at[rows].set(y), old, new)
+            prior = prior.at[jnp.where(is_first, rows, num_rows)].set(logits)
+            return old, prior, hashes.at[rows, n + 1].set(found), rewards.at[rows, n].set(timestep.reward)
 
+        init = state, observation._replace(blocks=None), jnp.full(num_rows, num_lines)
         prior = jnp.where(legal_actions(observation), 0.0, MASKED)  # Stays where no action is legal.
-        own = (jnp.zeros_like(x[:, 0]) for x in lines[:2])
-        init = state, observation._replace(blocks=None), jnp.full(num_rows, num_lines), prior, *own
-        body = lambda carry: in_parts(play_part, sizes, carry[1], carry)
-        return jax.lax.while_loop(lambda carry: has_legal_action(carry[1]).any(), body, init)
+        init = init, prior, jnp.zeros_like(lines[:, 0]), jnp.zeros((num_rows, num_items))
+        body = lambda carry: in_parts(play_part, sizes, carry[0][1], carry)
+        (state, _, met), *found = jax.lax.while_loop(lambda carry: has_legal_action(carry[0][1]).any(), body, init)
+        return state.items_placed, met, *found
 
     def make_node(params: Any, state: State, observation: Observation, lines: Line) -> Node:
         """The value of a completion is the return of playing greedily to the end; its first pass gives the prior."""
         if config.leaf_value == "network":
             (logits, value), line = predict(params, observation), no_line
         else:
-            last, _, met, logits, *own = complete(params, state.replace(blocks=None), observation, lines)
-            start, end = state.items_placed.sum(), last.items_placed.sum()
+            placed, met, logits, *own = complete(params, state.replace(blocks=None), observation, lines.hash)
+            begin, end = state.items_placed.sum(), placed.sum()
             rest = jax.tree.map(lambda x: x.at[met].get(mode="fill", fill_value=0), lines)
-            hashes = jnp.where(depths[:, None] < end, own[0].at[start].set(ev.state_hash(state)), rest.hash)
+            hashes = jnp.where(depths[:, None] < end, own[0].at[begin].set(ev.state_hash(state)), rest.hash)
             rewards = jnp.where(depths < end, own[1], rest.reward)
-            line = Line(hashes, rewards, rest.solved | (last.items_placed | ~last.items_mask).all())
-            value = (rewards * config.discount ** (depths - start)).sum(where=depths >= start)
+            line = Line(hashes, rewards, rest.solved | (placed | ~state.items_mask).all())
+            value = (rewards * config.discount ** (depths - begin)).sum(where=depths >= begin)
         logits, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         return Node(actions, logits, value, line)
 
@@ -765,7 +765,7 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
         params, lines, blocks = known
         state, timestep = step_flat(env, state, node.actions[index])
         lines = jax.tree.map(lambda x, others: jnp.concatenate([x[None], others]), node.line, lines)
-        observation = timestep.observation._replace(action_mask=state.action_mask & wanted, blocks=blocks)
+        observation = timestep.observation._replace(blocks=blocks, action_mask=state.action_mask & wanted)
         node = make_node(params, state, observation, lines)
         return timestep.reward, config.discount * timestep.discount, state, node
 
@@ -773,7 +773,7 @@ def make_tree_functions(env: BinPack, network: hk.Transformed, config: Config, n
 
 
 def conclude(root: Node, weights: jax.Array, taken, value, nodes: Node, child) -> tuple[jax.Array, Decision, tuple]:
-    """What `act` returns after a search: action, decision and memory, whose root is the `child` among `nodes`."""
+    """What `act` returns after taking action number `taken`, which led to node number `child`: it, decision, memory."""
     decision = Decision(root.actions, weights, jax.nn.log_softmax(root.logits), taken, value)
     return root.actions[taken], decision, (jax.tree.map(lambda x: x[child], nodes), nodes.line)
 
@@ -788,13 +788,13 @@ def make_search_policy(
     optimum. The memory has the next root: the chosen child has been evaluated by the search that chose it. A search
     that `plays`, and does not teach, looks at nothing but the completion from a node where this places every item."""
     start, make_child = make_tree_functions(env, network, config, 1 + num_simulations)
-    keys = config.model_dump(include={"value_scale", "maxvisit_init", "rescale_values"})
-    qtransform = functools.partial(mctx.qtransform_completed_by_mix_value, **keys)
+    settings = config.model_dump(include={"value_scale", "maxvisit_init", "rescale_values"})
+    qtransform = functools.partial(mctx.qtransform_completed_by_mix_value, **settings)
     looked_at = lambda node: (jnp.arange(len(node.actions)) == 0) | ~(node.line.solved & plays)  # bool [K], actions
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple[Node, Line]):
-        (root, lines), state = memory, state.replace(blocks=None)
-        known = params, lines, observation.blocks
+        root, known = memory[0], (params, memory[1], observation.blocks)
+        state = state.replace(blocks=None)
         legal = legal_actions(observation)[root.actions] & looked_at(root)
         # mctx first visits the actions of largest prior and noise, one by one. With its noise we make them together.
         noise = gumbel_scale * jax.random.gumbel(jax.random.split(key)[1], legal.shape)

@@ -1,9 +1,12 @@
 """The benchmark: what it counts, and what it refuses."""
 
+import functools
 import json
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT, override
 
@@ -21,7 +24,17 @@ def test_visits_are_those_that_the_search_makes(config, params):
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
     passes, steps = throughput.count_visits(config, params, keys)
     assert 10 < sum(passes.values()) <= 1 + 19 and steps == 8 * 19 * (1 + 2 * config.num_simulations)
-    assert passes[8, 12] > 1 and passes[40, 20] > 5  # Late and early states.
+    assert passes[8, (40, 20)] == 1 and passes[16, (8, 12)] > 1 and passes[16, (40, 20)] > 5  # Late and early states.
+
+
+def test_the_environment_of_an_arm_differs_in_the_update_alone(env, config):
+    other, key = throughput.jumanji_env(config), jax.random.PRNGKey(0)
+    (state, timestep), expected = (jax.jit(x.reset)(key) for x in (other, env))
+    for action in (0, 1):
+        text = [jax.jit(functools.partial(script.step_flat, x)).lower(state, action).as_text() for x in (other, env)]
+        assert text[0].count("while") > text[1].count("while")
+        (state, timestep), expected = (script.step_flat(x, state, jnp.int32(action)) for x in (other, env))
+        jax.tree.map(np.testing.assert_array_equal, (state, timestep), expected)
 
 
 def test_an_arm_has_the_decisions_of_a_run(search_run):

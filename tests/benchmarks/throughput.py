@@ -68,11 +68,13 @@ class Arm(NamedTuple):
     config: Config
 
 
-def jumanji_env():
-    """Jumanji's own environment, with its sequential update of the EMSs."""
+def jumanji_env(sizes: evaluate.Sizes) -> Any:
+    """The environment with Jumanji's own update of the EMSs, which is sequential."""
     from jumanji.environments import BinPack
 
-    return BinPack()
+    env = script.make_env(sizes)
+    env._update_ems = functools.partial(BinPack._update_ems, env)
+    return env
 
 
 def device_arm(name: str, env, config: Config) -> Arm:
@@ -125,10 +127,10 @@ def make_arms(config: Config) -> list[Arm]:
     one_size = config.model_copy(update=dict(token_sizes=config.token_sizes[-1:]))
     return [
         device_arm("as it is", script.make_env(config), config),
-        device_arm("Jumanji's EMS update", jumanji_env(), config),
+        device_arm("Jumanji's EMS update", jumanji_env(config), config),
         device_arm("800-wide search", script.make_env(config), wide),
         host_shuffling_arm("host-side shuffling", script.make_env(config), config),
-        host_shuffling_arm("all three of these", jumanji_env(), wide),
+        host_shuffling_arm("all three of these", jumanji_env(wide), wide),
         device_arm("every pass at full size", script.make_env(config), one_size),
     ]
 
@@ -160,24 +162,25 @@ def measure_arms(arms: list[Arm], state: script.TrainState, rounds: int) -> list
 
 
 # ======================================================= Phases =======================================================
-def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tuple[int, int], int], int]:
-    """Passes of the network by size, each for a part of a batch, and steps of the environment, of one row each, in one
-    collection."""
+def count_visits(config: Config, params: dict, keys: jax.Array) -> tuple[dict[tuple[int, tuple], int], int]:
+    """In one collection: passes of the network by number of rows and size, and steps of the environment, of one row."""
     calls: collections.Counter = collections.Counter()
 
-    def count(name: Any, x: jax.Array) -> None:
-        """Once for each row that `vmap` brings together."""
-        jax.debug.callback(lambda _: calls.update([name]), x)
+    @script.make_batched  # Under vmap itself, a callback is repeated for every row.
+    def count_steps(_, action):
+        jax.debug.callback(lambda rows: calls.update(environment=len(rows)), action[..., 0])
+        return ()
 
     env, network = script.make_env(config), script.make_network(config)
     step, apply = env.step, network.apply
 
     def counted_step(state, action):
-        count("environment", action)
+        count_steps((), action)
         return step(state, action)
 
     def counted_apply(params, rng, observation, size):
-        count(size, observation.action_mask)  # A whole part, without vmap.
+        rows_and_size = len(observation.action_mask), size
+        jax.debug.callback(lambda: calls.update([rows_and_size]))
         return apply(params, rng, observation, size)
 
     env.step, network = counted_step, network._replace(apply=counted_apply)
@@ -221,23 +224,20 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     after = jax.jit(step)(states, jnp.zeros(size, jnp.int32))
     step_seconds = seconds_in_a_loop(lambda carry: step(carry[0], jnp.zeros(size, jnp.int32)), after)
     passes, env_steps = count_visits(config, params, keys)
-    part = script.rows_of_a_part(observation)
-    some = jax.tree.map(lambda x: x[:part], observation)
     network_seconds = flop = 0.0
-    for network_size, number in passes.items():
+    for (num_rows, network_size), number in passes.items():
+        some = jax.tree.map(lambda x: jnp.resize(x, (num_rows, *x.shape[1:])), observation)
 
         def act(params, observation, network_size=network_size):
             return script.argmax(network.apply(params, None, observation, network_size)[0])
 
-        if number:
+        def again(actions, params, observation, act=act):
+            """The observations depend on the turn before, as far as XLA can know: none of it is computed once."""
+            never = actions < 0
+            keep = lambda x: jnp.where(never.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
+            return act(params, jax.tree.map(keep, observation))
 
-            def again(actions, params, observation, act=act):
-                """The observations depend on the turn before, as far as XLA can know: none of it is computed once."""
-                never = actions < 0
-                keep = lambda x: jnp.where(never.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
-                return act(params, jax.tree.map(keep, observation))
-
-            network_seconds += number * seconds_in_a_loop(again, jnp.zeros(part, jnp.int32), params, some)
+        network_seconds += number * seconds_in_a_loop(again, jnp.zeros(num_rows, jnp.int32), params, some)
         flop += number * devices * jax.jit(act).lower(params, some).compile().cost_analysis()["flops"]
 
     samples = script.select_taught(script.make_samples(trajectory, config), config)
@@ -258,7 +258,8 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
     matrix = jnp.ones((side, side), jnp.float32)
     best = devices * 2 * side**3 / seconds_everywhere(jnp.matmul, matrix, matrix)
     mask = np.asarray(trajectory.mask)
-    env_seconds, states_passed = env_steps / size * step_seconds, devices * part * sum(passes.values())
+    env_seconds = env_steps / size * step_seconds
+    states_passed = devices * sum(rows * number for (rows, _), number in passes.items())
     return dict(
         collect=collect,
         network=network_seconds,
@@ -266,7 +267,7 @@ def measure_phases(config: Config, state: script.TrainState) -> dict[str, Any]:
         tree_and_rest=collect - network_seconds - env_seconds,
         gradient_steps=gradient * steps,
         batched_passes=sum(passes.values()),
-        passes_by_size={f"{spaces} x {items}": number for (spaces, items), number in passes.items()},
+        passes_by_size={f"{n} rows, {e} x {i}": number for (n, (e, i)), number in passes.items()},
         batched_steps=env_steps / size,
         microseconds_a_pass=1e6 * network_seconds / states_passed,
         microseconds_a_step=1e6 * step_seconds / (devices * size),
@@ -294,7 +295,7 @@ def measure_environment(rounds: int) -> dict[str, float]:
     advance_six = jax.jit(lambda carry: jax.lax.scan(advance, carry, length=6)[0])
     states, observation = advance_six((states, timesteps.observation))
     times = []
-    for env in (fast, jumanji_env()):
+    for env in (fast, jumanji_env(evaluate.Sizes())):
         step = jax.jit(jax.vmap(functools.partial(script.step_flat, env)))
         times.append(1e6 / 1024 * seconds_of(step, states, act(observation), rounds=10 * rounds))
     return dict(microseconds=times[0], jumanji_microseconds=times[1], ratio=times[1] / times[0])
