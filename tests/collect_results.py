@@ -399,7 +399,7 @@ def growth_table(found: dict) -> str:
         now, before = row["now"], row["before"]
         speeds = now["decisions_per_second"], before["decisions_per_second"]
         cells = [row[key] for key in ("items", "devices", "num_simulations", "episodes")]
-        cells += [*(f"{x:.3g}" for x in speeds), f"{speeds[0] / speeds[1]:.2f}"]
+        cells += [*(f"{float(f'{x:.3g}'):,g}" for x in speeds), f"{speeds[0] / speeds[1]:.2f}"]
         cells += [f"{x['megabytes']:.0f}" for x in (now, before)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     power = found["powers"][0]
