@@ -68,9 +68,8 @@ PLAYERS = (
 
 
 def num_instances(player: Player, items: int) -> int:
-    """256. Networks trained at 50 items play these alone, and without search those from scratch, which fill few.
-    32 simulations at 100 items, for what 4 do not fill, are left out: they take long."""
-    if player.trained == "50" and player.num_simulations or items == 100 and player.num_simulations == 32:
+    """256. Networks trained at 50 items play these alone, and without search those from scratch, which fill few."""
+    if player.trained == "50" and player.num_simulations:
         return 0
     return 256 if items == 50 or player.trained in ("", "20") else 0
 
