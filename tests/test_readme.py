@@ -98,7 +98,7 @@ def test_the_first_figures_and_the_end_of_a_run_are_those_of_the_committed_files
     at = {items: {row.get("num_simulations", f"{row.get('limit')} s"): row for row in at[items]} for items in at}
     searched, solver = at[50][32], at[50]["60 s"]
     search = (
-        f"with search it fills {100 * searched['filled']:.1f} % of the containers, in {searched['seconds']:.1f} s each"
+        f"with search it fills {100 * searched['filled']:.1f} % of the containers, in {searched['seconds']:.2f} s each"
     )
     assert f"{search}, where an exact solver fills {100 * solver['filled']:.0f} % in a minute" in README
     searched, solver = at[100][4], at[100]["60 s"]
