@@ -35,7 +35,7 @@ def failing(checkout: Path) -> set[str]:
             ROOT / "tests" / "pytest.ini",
         ]:
             shutil.copy(path, folder / path.relative_to(checkout if path.parent == checkout else ROOT))
-        options = ["-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
+        options = ["-m", "", "-o", f"faulthandler_timeout={SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
         command = [sys.executable, "-m", "pytest", "tests/test_situations.py", "--junitxml=report.xml", *options]
         subprocess.run(command, cwd=folder)
         cases = ElementTree.parse(folder / "report.xml").iter("testcase")

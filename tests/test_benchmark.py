@@ -17,6 +17,7 @@ import evaluate
 import train_search_distill_binpack as script
 
 
+@pytest.mark.slow
 def test_visits_are_those_that_the_search_makes(config, params):
     """Without completions: a pass for the first root and, until all episodes have ended, about one for each decision,
     whose first nodes are made together. A simulation takes a step with these and one where it looks its node up."""
@@ -37,6 +38,7 @@ def test_the_environment_of_an_arm_differs_in_the_update_alone(env, config):
         jax.tree.map(np.testing.assert_array_equal, (state, timestep), expected)
 
 
+@pytest.mark.slow
 def test_an_arm_has_the_decisions_of_a_run(search_run):
     """With every pass of the network at full size, as many as the first iteration of the run."""
     config, _ = evaluate.parse_command_line(override("token_sizes=[[8,12],[40,20]]"), throughput.Config, script.PRESETS)

@@ -82,6 +82,7 @@ def start_two(save_dir: Path, words: list[str], *of_the_second: str) -> list[sub
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_run_and_none_outlives_the_other(ppo_run, ppo_words, tmp_path):
     """They continue a run's first iteration, four devices against one; a process is killed, and resume=auto goes on."""
     run_dir = tmp_path / "BinPack-v2" / "ppo" / "seed_0"

@@ -60,6 +60,7 @@ def test_greedy_figures_are_those_that_training_logged(search_run, ppo_run, tmp_
     )
 
 
+@pytest.mark.slow
 def test_attempts_only_add_to_greedy_play(few_at_a_time, search_run, ppo_run, tmp_path):
     """And a checkpoint of PPO is searched with as the other one is."""
     early = search_run / "iter_000001.pkl"  # It leaves room.

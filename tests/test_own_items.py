@@ -91,6 +91,7 @@ def test_the_readmes_example_is_the_committed_file():
     assert f"the {items.total()} items" in readme and f"together {100 * volume:.0f} % of the container" in readme
 
 
+@pytest.mark.slow
 def test_two_files_by_several_policies(tmp_path, capsys):
     """In a container of their own; the better plan of each file is written."""
     big, small, plan = tmp_path / "big.csv", tmp_path / "small.csv", tmp_path / "plan.json"

@@ -95,6 +95,7 @@ def test_one_ply_takes_the_best_completed_action(env, network, params, endgames,
     assert (returns_of("one_ply", n=4, epsilon=1.0)[1] == returns_of("greedy")[1]).all()
 
 
+@pytest.mark.slow
 def test_a_wide_beam_finds_the_optimum_and_a_narrow_one_plays_greedily(best, returns_of):
     greedy, _ = returns_of("greedy")
     wide, _ = returns_of("beam", n=8, beam_width=32)
@@ -119,6 +120,7 @@ def test_a_packing_is_the_same_in_any_order_of_moves(env):
     assert len(set().union(*hashes.values())) == len(hashes) > 50
 
 
+@pytest.mark.slow
 def test_fine_tuning_finds_better_moves_and_is_kept_only_where_it_does(best, returns_of):
     greedy, _ = returns_of("greedy")
     returns, _ = returns_of("rl_search", num_updates=8, num_rollouts=16, horizon=2, tuning_rate=0.03)
@@ -127,6 +129,7 @@ def test_fine_tuning_finds_better_moves_and_is_kept_only_where_it_does(best, ret
     assert (returns > greedy + 1e-6)[room].mean() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", ["all", "policy_head"])
 def test_fine_tuning_changes_the_parameters_that_it_names(
     tuned, checkpoint, network, params, endgames, best, returns_of, monkeypatch
@@ -154,6 +157,7 @@ def test_fine_tuning_changes_the_parameters_that_it_names(
     assert changed == of_head if tuned == "policy_head" else len(changed) > len(of_head) + 10
 
 
+@pytest.mark.slow
 def test_fine_tuning_plays_checkpoints_and_only_adds_to_greedy_play(ppo_run, tmp_path, monkeypatch):
     """From the command line, as `test_own_items.py` plays by the other planners."""
     monkeypatch.setattr(evaluate, "instances_at_a_time", lambda: 8)

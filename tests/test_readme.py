@@ -211,6 +211,7 @@ def trained_folder(search_run, ppo_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figures(trained_folder):
     """What each policy and file is, test_evaluate.py tests."""
     for command in commands("evaluate"):
@@ -229,6 +230,7 @@ def test_evaluation_commands_are_understood_and_the_first_gives_the_tables_figur
         assert line.split()[0] == name and abs(100 * float(line.split()[2]) - float(utilisation)) < 0.1, run.stdout
 
 
+@pytest.mark.slow
 def test_a_notebook_of_the_readmes_snippets_runs_from_top_to_bottom(trained_folder):
     """In a real kernel. The pickle's cell comes first and needs numpy alone."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -10,6 +10,7 @@ from measure_reliability import KINDS, RESULTS
 import evaluate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_faults_of_each_kind_are_survived(kind, search_run, tmp_path):
     outcomes = KINDS[kind].inject(KINDS[kind].few, tmp_path)

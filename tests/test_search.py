@@ -267,6 +267,7 @@ def test_the_nodes_of_the_first_simulations_are_made_together(env, network, conf
     assert first.max() > 3
 
 
+@pytest.mark.slow
 def test_nothing_below_a_completion_that_fills_lowers_its_value(env, network, config, params, played, monkeypatch):
     """In playing, the Q of an action whose completion places every item stays what that completion packs, however many
     simulations follow. The root's Q are returned in the place of the search's weights."""

@@ -179,6 +179,7 @@ def test_training_is_the_same(situation, undisturbed, tmp_path):
         ]
 
 
+@pytest.mark.slow
 @situations(SETTINGS, "preset=cpu is traced, compiled and played", "JAX_ENABLE_X64=1, the preset's search")
 def test_the_search_of_the_preset_runs_with_64_bits(situation, tmp_path):
     words = ["leaf_value=completion", "value_scale=0.5", "token_sizes=[[8,12],[40,20]]"]
@@ -272,6 +273,7 @@ def test_agents_can_be_pickled(situation, agent, observation):
     assert np.array_equal(copy.act(observation), agent.act(observation)) and copy.path == agent.path
 
 
+@pytest.mark.slow
 @situations(
     PROGRAM, "plays and trains",
     "MPLBACKEND=module://matplotlib_inline.backend_inline, not installed", "MPLBACKEND=nosuch",
@@ -395,6 +397,7 @@ def test_output_that_cannot_be_written(situation, tmp_path, monkeypatch):
     assert status == 0 and is_whole(tmp_path)
 
 
+@pytest.mark.slow
 @situations(ENDS, "trains to the end: log and checkpoint are whole", "2>&1 | head -n 3", ">&- 2>&-")
 def test_readers_that_go_away(situation, tmp_path):
     """With a shell, as users do."""
@@ -406,6 +409,7 @@ def test_readers_that_go_away(situation, tmp_path):
     assert not any("\n" in line for line in map(json.dumps, rows(folder(tmp_path))))
 
 
+@pytest.mark.slow
 @situations(ENDS, "status 0, and no traceback at Python's end", "a full pipe that nobody reads and that does not block")
 def test_a_pipe_that_stays_full(situation, tmp_path):
     read, write = os.pipe()
@@ -635,6 +639,7 @@ def offline(monkeypatch):
     wandb.teardown()
 
 
+@pytest.mark.slow
 @situations(SWEEPS, "a folder for each trial", "two trials of the README's W&B sweep, as its agent starts them")
 def test_two_trials_of_a_sweep(situation, tmp_path, monkeypatch):
     """The agent's own code makes the commands from the sweep file; a server would choose the values. All are read, and
@@ -696,6 +701,7 @@ def test_resume_auto_says_that_it_found_nothing(situation, tmp_path, capsys):
     assert train(tmp_path, "resume=auto") == 0 and "no checkpoint" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @situations(
     SWEEPS, "every iteration once, in the one run that wandb sync finds",
     "an offline run, killed after its checkpoint and resumed", "an offline run, killed and resumed twice",
@@ -720,6 +726,7 @@ script.main(sys.argv[2:])
     assert list(histories(tmp_path).values()) == [[0, 1, 2, 3, 4, 5, 6]]
 
 
+@pytest.mark.slow
 @situations(SWEEPS, "found", "wandb sync, as the README tells it")
 def test_wandb_sync_finds_offline_runs(situation, tmp_path, monkeypatch, offline):
     assert train(tmp_path) == 0
@@ -824,6 +831,7 @@ def test_observations_that_are(situation, agent, observation):
     assert all(np.array_equal(x, y) for x, y in zip(found, agent.apply(observation), strict=True))
 
 
+@pytest.mark.slow
 # ============================================== Other operating systems ===============================================
 @situations(SYSTEMS, "imported, trains and plays; says that it cannot lock", "no fcntl, pwd, grp, resource, termios")
 def test_without_the_modules_that_windows_lacks(situation, tmp_path):

@@ -107,6 +107,7 @@ def test_all_that_the_study_of_sizes_plans_was_measured():
     assert all(len(row["commit"]) == 40 for row in results["rows"])
 
 
+@pytest.mark.slow
 def test_play_that_agrees_with_a_solution_fills_the_container():
     """Of any network: each mirror image starts with an item of its own in the corner, and what is taught is legal."""
     config, _ = evaluate.parse_command_line(["preset=cpu"], script.Config, script.PRESETS)

@@ -124,10 +124,11 @@ AVERAGED = (
 )
 SIX_VIEWS = (
     (
-        "        return argmax(predict(params, observation)[0]), None, memory\n",
-        """        views = [permute_axes(observation, jnp.int32(i)) for i in range(6)]
-        logits = sum(jax.nn.log_softmax(predict(params, view)[0]) for view in views)
-        return argmax(logits), None, memory
+        "(argmax(predict(params, observation)[0]), None, memory))\n",
+        """(
+        argmax(sum(jax.nn.log_softmax(predict(params, permute_axes(observation, jnp.int32(i)))[0]) for i in range(6))),
+        None, memory,
+    ))
 """,
     ),
 )
