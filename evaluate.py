@@ -207,7 +207,8 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        reason = reason.replace("Input should be", "expected").split(", unable to parse")[0]
+        reason = reason.replace("Input should be", "expected").replace("Field required", "expected one more value")
+        reason = reason.split(", unable to parse")[0]
         for key in first["loc"][:1]:
             default = fields[key].default
             hint = f"or leave {key} out" if default in ("", ()) else f"for example {key}={as_typed(default)}"
