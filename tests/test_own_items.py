@@ -329,7 +329,7 @@ def test_a_file_of_items_may_have_any_name(name, tmp_path, monkeypatch):
         (["items.csv"], "expected a checkpoint, got a .csv; type instances=items.csv"),
         (["container=20000,10,10"], "expected less than or equal to 19000"),
         (["plan=no/plan.csv"], "in a folder that exists; or leave plan out"),
-        (["container=100,200"], "container=100,200: expected one more value; for example container=[5870"),
+        (["container=100,200"], "container=100,200: expected one more value; for example 'container=[5870,"),
         (["container=100,200,0"], "container=100,200,0: expected greater than"),
         (["container=500,2330,2200"], "row 2: expected Length of Carton up to 500"),
         (["instance=1", "render=a.png"], "expected below 1, the number of files"),

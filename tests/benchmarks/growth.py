@@ -2,7 +2,7 @@ r"""How the time and the memory of a searched decision grow with the number of i
 
     git worktree add ../before COMMIT
     python tests/benchmarks/growth.py before=../before out=tests/benchmarks/growth.json     # half an hour on 2 cores
-    python tests/benchmarks/growth.py items=[20,50] num_simulations=[4] episodes=[64] devices=[2]
+    python tests/benchmarks/growth.py items=20,50 num_simulations=4 episodes=64 devices=2
 
 Half of each episode is played greedily by the network that the checkout ships, trained on 20 items, and one move by
 search. Then the whole batch is searched, up to four times within 20 seconds: a decision half-way takes about as long as
