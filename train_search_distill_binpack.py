@@ -192,7 +192,7 @@ PRESETS = {  # As one would type them.
     "cpu": "max_num_iters=100 rollout_batch_size=64 num_simulations=4 max_num_considered_actions=4"
     " training_batch_size=256 learning_rate=4e-3 learning_rate_decay_iters=100 num_transformer_layers=1"
     " transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64] eval_interval=10 save_interval=10",
-    # Meant for init_from with a network of 20 items.
+    # Meant for init_from with a network trained on 20 items.
     "cpu_50": "max_num_items=50 max_num_ems=80 max_num_iters=20 rollout_batch_size=64 num_simulations=4"
     " max_num_considered_actions=4 training_batch_size=256 learning_rate=1e-3 learning_rate_decay_iters=20"
     " num_transformer_layers=1 transformer_num_heads=4 transformer_key_size=8 transformer_mlp_units=[64]"
