@@ -211,7 +211,8 @@ def parse_command_line(argv: list[str], config_class: Any, presets: dict[str, st
         reason = reason.split(", unable to parse")[0]
         for key in first["loc"][:1]:
             default = fields[key].default
-            hint = f"or leave {key} out" if default in ("", ()) else "for example " + shlex.quote(f"{key}={as_typed(default)}")
+            example = shlex.quote(f"{key}={as_typed(default)}")
+            hint = f"or leave {key} out" if default in ("", ()) else f"for example {example}"
             reason = f"{key}={overrides.get(key)}: {reason}; {hint}"
         raise UsageError(reason) from None
     for key, need in getattr(config, "needs", {}).items():
