@@ -92,7 +92,7 @@ def test_single_keys_override_the_preset_wherever_they_stand():
         (["transformer_mlp_units=[]"], "transformer_mlp_units=[]"),
         (["transformer_mlp_units=${x}"], "transformer_mlp_units=${x}"),
         (["token_sizes=[[8,20],[16,12],[40,20]]"], "expected sizes that each hold the one before, none twice"),
-        (["token_sizes=[[40,20],[40,20]]"], "none twice; for example 'token_sizes=[[8,12],"),
+        (["token_sizes=[[40,20],[40,20]]"], "none twice; for example token_sizes=[[8,12],"),
         (["token_sizes=[[true,20],[40,20]]"], "not true or false"),
         (["training_batch_size=30000"], "expected at most 19 x rollout_batch_size = 19456"),
         (["preset=cpu", "max_num_iters=350"], "type learning_rate_decay_iters=350"),

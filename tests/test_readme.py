@@ -124,7 +124,7 @@ def test_links_and_pictures_of_the_readmes_exist():
     for path in READMES:
         for link in re.findall(r"\]\((?!https?:)(.*?)\)", path.read_text()):
             name, _, anchor = link.partition("#")
-            target = path.parent / name
+            target = path.parent / (name or path.name)
             assert target.exists(), f"{path}: {link}"
             titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
             assert not anchor or anchor in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in titles], link
