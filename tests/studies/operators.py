@@ -5,8 +5,8 @@
 
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
 decays over them. What an iteration takes is measured first, for all arms in a row and with nothing else on the machine:
-the mean over `TIMED` iterations, without those that compile. So the runs themselves may share it. Results:
-`tests/studies/operators.json`, `operators.png` and `operators.md`.
+the mean over the second half of `TIMED` iterations. So the runs themselves may share it; what they took is in the
+results, too: `tests/studies/operators.json`, `operators.png` and `operators.md`.
 """
 
 import json
@@ -72,9 +72,9 @@ def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[P
 
 
 def measure_time(arm: Arm, core: int) -> dict:
-    """What an iteration takes. It gets shorter while the network learns, so the run is as long as it has to be."""
+    """What an iteration takes. It gets shorter while the network learns, most of all in the first ones."""
     _, rows = train(arm, 0, TIMED, core, "timed")
-    return {arm.name: statistics.mean(row["perf/iteration_seconds"] for row in rows[3:])}
+    return {arm.name: statistics.mean(row["perf/iteration_seconds"] for row in rows[-TIMED // 2 :])}
 
 
 def measure_workers(number: int, core: int) -> dict:
@@ -97,7 +97,8 @@ def measure(arm: Arm, seed: int, seconds: float, core: int) -> dict:
         for row in rows[1:]
         if "eval/greedy/avg_return" in row
     ]
-    found = dict(iterations=rows[-1]["iteration"], decisions=rows[-1]["frames"], curve=curve)
+    taken = sum(row["perf/iteration_seconds"] for row in rows[2:]) / 60  # Without the iteration that compiles.
+    found = dict(iterations=rows[-1]["iteration"], decisions=rows[-1]["frames"], minutes=taken, curve=curve)
     found |= {f"{kind}_{key}": row[key] for kind, row in (("greedy", greedy), ("search", search))
               for key in ("avg_return", "solved_rate")}  # fmt: skip
     return dict(name=arm.name, words=arm.words, seed=seed, commit=study.made_with()["commit"]) | found
@@ -139,13 +140,14 @@ def operators_table(operators: dict) -> str:
 
 def settings_table(operators: dict) -> str:
     """What each run was, over `preset=cpu`."""
-    lines = ["| | keys | seconds of an iteration | iterations | decisions |", "|---|---|---|---|---|"]
+    lines = ["| | keys | seconds of an iteration | iterations | decisions | minutes of the runs |", "|---" * 6 + "|"]
     for name, seconds in operators["seconds"].items():
         mine = [row for row in operators["rows"] if row["name"] == name]
         if mine:
-            decisions = statistics.mean(row["decisions"] for row in mine)
+            decisions, minutes = (statistics.mean(row[key] for row in mine) for key in ("decisions", "minutes"))
             words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
-            lines.append(f"| {name} | {words} | {seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} |")
+            figures = f"{seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} | {minutes:.1f}"
+            lines.append(f"| {name} | {words} | {figures} |")
     return "\n".join(lines)
 
 
