@@ -831,8 +831,8 @@ def test_observations_that_are(situation, agent, observation):
     assert all(np.array_equal(x, y) for x, y in zip(found, agent.apply(observation), strict=True))
 
 
-@pytest.mark.slow
 # ============================================== Other operating systems ===============================================
+@pytest.mark.slow
 @situations(SYSTEMS, "imported, trains and plays; says that it cannot lock", "no fcntl, pwd, grp, resource, termios")
 def test_without_the_modules_that_windows_lacks(situation, tmp_path):
     code = f"""
