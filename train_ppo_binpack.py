@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import haiku as hk
 import jax
@@ -107,6 +107,9 @@ class Config(ev.Sizes):
     coordinator_address: str = Field("", description="host:port of process 0, elsewhere")
     num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
+
+    # Keys of one loss; `evaluate.parse_command_line` refuses other values with the other one.
+    needs: ClassVar = dict(clip_eps="loss=ppo", epsilon_high="loss=cispo")
 
     def run_dir(self) -> Path:
         return Path(self.save_dir) / self.env_name / METHOD / ev.sweep_trial() / f"seed_{self.seed}"

@@ -102,9 +102,7 @@ class Config(ev.Sizes):
     )
     epsilon_high: PositiveFloat = Field(5.0, description="cap of the importance weights (loss=cispo)")
     kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
-    max_policy_kl: NonNegativeFloat = Field(
-        0.0, description="mean KL(acting || new policy) in nats that a Lagrange multiplier allows (0: any)"
-    )
+    max_policy_kl: NonNegativeFloat = Field(0.0, description="limit of the mean KL(acting || new policy) (0: none)")
     value_target: Literal["return", "search"] = Field("return", description="returns, or the root's searched value")
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
@@ -870,15 +868,16 @@ def start_tree(state: State, root: Node, num_nodes: int) -> Tree:
     return Tree(state, node, jnp.full(num_nodes, -1), children, zeros, zeros, visits, value)
 
 
-def grow(make_child: Callable, known: tuple, tree: Tree, num_nodes, parents: jax.Array, indices: jax.Array) -> Tree:
-    """Makes the children of [W] parents for the actions of these indices, evaluated together; the tree has `num_nodes`
-    so far. Of a child that is made twice the last copy is kept."""
-    states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
-    reward, discount, state, node = jax.vmap(make_child, (None, 0, 0, 0))(known, states, nodes, indices)
+def grow(make_child: Callable, known: tuple, tree: Tree, num_nodes, parents, indices, wanted: Any = True) -> Tree:
+    """Makes the children of [W] parents for the actions of these indices, evaluated together, if they are wanted; the
+    tree has `num_nodes` so far. Of a child that is chosen twice only the last copy is evaluated and kept."""
     new = num_nodes + jnp.arange(len(parents))
+    child = tree.child.at[parents, indices].max(jnp.where(wanted, new, 0))
+    states, nodes = jax.tree.map(lambda x: x[parents], (tree.state, tree.node))
+    make_children, wanted = jax.vmap(make_child, (None, 0, 0, 0, 0)), child[parents, indices] == new
+    reward, discount, state, node = make_children(known, states, nodes, indices, wanted)
     rows = Tree(state, node, parents, tree.child[new], reward, discount, tree.visits[new], node.value)
-    tree = jax.tree.map(lambda x, y: x.at[new].set(y), tree, rows)
-    return tree._replace(child=tree.child.at[parents, indices].max(new))
+    return jax.tree.map(lambda x, y: x.at[new].set(y), tree, rows)._replace(child=child)
 
 
 def child_values(tree: Tree, node: jax.Array) -> jax.Array:
@@ -889,11 +888,12 @@ def child_values(tree: Tree, node: jax.Array) -> jax.Array:
 
 def puct(tree: Tree, virtual_visits: jax.Array, node: jax.Array, c_puct: float) -> jax.Array:
     """The pUCT score of each action of a node, [K], as in MuZero (Schrittwieser et al. 2020, appendix B): Q is
-    normalised by the values of the node and its children. A virtual visit, of [n, K], counts as one with Q = 0."""
+    normalised by the values of the node and its children, with a floor, since values that differ by rounding alone are
+    not the best and the worst. A virtual visit, of [n, K], counts as one with Q = 0."""
     child, q = tree.child[node], child_values(tree, node)
     visits = jnp.where(child > 0, tree.visits[child], 0.0)
     low, high = jnp.minimum(tree.value[node], q.min()), jnp.maximum(tree.value[node], q.max())
-    q = jnp.where(child > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
+    q = jnp.where(child > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-4)
     virtual = virtual_visits[node]
     taken, total = visits + virtual, tree.visits[node] + virtual.sum()
     weight = jnp.sqrt(total) * (c_puct + jnp.log((total + 19652 + 1) / 19652))
@@ -903,8 +903,8 @@ def puct(tree: Tree, virtual_visits: jax.Array, node: jax.Array, c_puct: float) 
 def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """AlphaZero's search (Silver et al. 2018; as a teacher: Anthony et al. 2017): pUCT, noise at the root, and visit
     counts as the target. `num_workers` descend one after the other, each under the virtual losses of those before it
-    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`, but for
-    the noise: ours goes to legal actions alone."""
+    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`, which
+    scales Q, but for the noise, which goes to legal actions alone, and for the floor in `puct`."""
     start, make_child = make_tree_functions(env, network, config, 1 + config.num_simulations)
     workers = config.num_workers
 
@@ -935,8 +935,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         root, known = memory[0], (params, memory[1], observation.blocks)
         (act_key, noise_key, _), fraction = jax.random.split(key, 3), config.dirichlet_fraction
         legal = legal_actions(observation)[root.actions]
-        noise = jnp.where(legal, jax.random.dirichlet(noise_key, jnp.full(len(legal), config.dirichlet_alpha)), 0.0)
-        noise /= jnp.maximum(noise.sum(), 1e-9)
+        noise = jax.nn.softmax(jax.random.loggamma(noise_key, config.dirichlet_alpha, legal.shape), where=legal)
         mixed = jnp.log((1.0 - fraction) * jax.nn.softmax(root.logits) + fraction * noise)
         noisy = root._replace(logits=jnp.where(legal, mixed, MASKED))
 
@@ -958,8 +957,8 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): M actions are sampled at a node, a
-    rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A leaf
-    at less than the depth K gets M children, evaluated together; a rollout that reaches the depth K changes nothing.
+    rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A
+    rollout ends at the first node without children, which above the depth K gets M of them, evaluated together.
     The target is the root's weights of its samples. K=1 is the improvement of MPO (Abdolmaleki et al. 2018)."""
     num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
     num_samples, num_nodes = config.num_sampled_actions, 1 + num_rollouts * config.num_sampled_actions
@@ -984,9 +983,8 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 
             leaf, depth = jax.lax.while_loop(lambda carry: count[carry[0]].any(), descend, (0, 0))
             samples = jax.random.categorical(sample_key, tree.node.logits[leaf], shape=(num_samples,))
-            grown = grow(make_child, known, tree, 1 + i * num_samples, jnp.full(num_samples, leaf), samples)
-            is_within = depth < config.search_depth
-            tree = grown._replace(child=jnp.where(is_within, grown.child, tree.child))
+            is_within, parents = depth < config.search_depth, jnp.full(num_samples, leaf)
+            tree = grow(make_child, known, tree, 1 + i * num_samples, parents, samples, is_within)
             count = count.at[leaf, samples].add(jnp.where(is_within, 1.0, 0.0))
 
             def back_up(carry):
@@ -1146,10 +1144,10 @@ class TrainState(NamedTuple):
 
 def kl_multiplier(bound: float) -> optax.GradientTransformationExtraArgs:
     """Keeps the Lagrange multiplier of `max_policy_kl`, and leaves the gradient as it is. In a minibatch it changes by
-    at most a factor of 2, up where policy_kl exceeds the bound, so that in the mean policy_kl becomes the bound."""
+    at most a factor of 2, up where policy_kl exceeds the bound, so that policy_kl does not stay above it."""
 
     def update(updates, multiplier, params=None, *, policy_kl, **_):
-        return updates, multiplier * 2.0 ** jnp.clip(policy_kl / bound - 1.0, -1.0, 1.0)
+        return updates, jnp.clip(multiplier * 2.0 ** jnp.clip(policy_kl / bound - 1.0, -1.0, 1.0), 1e-3, 1e3)
 
     return optax.GradientTransformationExtraArgs(lambda params: jnp.float32(1.0), update)
 
@@ -1242,6 +1240,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
     device takes its share of every minibatch. So neither the data nor the minibatches depend on the devices.
     """
     rollout = make_rollout(env, IMPROVEMENTS[config.improvement](env, network, config))
+    predict = jax.vmap(make_predict(network, config), (None, 0))
     gradients = jax.value_and_grad(make_loss(network, config), argnums=1, has_aux=True)
 
     def collect(params: Any, key: jax.Array) -> tuple[Samples, dict[str, jax.Array]]:
@@ -1250,7 +1249,6 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         trajectory = rollout(params, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, episodes))
         values = 0.0
         if config.loss == "cispo":
-            predict = jax.vmap(make_predict(network, config), (None, 0))
             by_step = jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory.observation)
             values = jax.lax.map(lambda observation: predict(params, observation)[1], by_step).T
         samples = make_samples(trajectory, config, values)
@@ -1261,7 +1259,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         metrics |= rollout_metrics(trajectory, config) | {"decisions": decisions}
         return jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), samples), metrics
 
-    def minibatch_step(carry, inputs, samples: Samples, rate: jax.Array):
+    def minibatch_step(carry, inputs, samples: Samples, rate: jax.Array, acting: Any):
         params, opt_state = carry
         rows, permutations = (device_slice(x) for x in inputs)  # From [M] each, equal on every device.
         batch = jax.tree.map(lambda x: x[rows], samples)
@@ -1269,6 +1267,9 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
             batch = batch._replace(kl_weight=batch.kl_weight + opt_state.inner_state[-1])
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
+        if config.loss == "cispo" or config.max_policy_kl:  # Both policies see the same permutation.
+            logits = jnp.take_along_axis(predict(acting, batch.observation)[0], batch.decision.actions, -1)
+            batch = batch._replace(decision=batch.decision._replace(prior=jax.nn.log_softmax(logits)))
         (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params))
         metrics["grad_norm"] = optax.tree.norm(grads)
         policy_kl = {"policy_kl": metrics["policy_kl"]} if config.max_policy_kl else {}
@@ -1284,7 +1285,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
         rows = minibatch_rows(order_key, samples.mask, config)  # [S, M]
         permutations = jax.random.randint(permutation_key, rows.shape, 0, 6)
         rate = learning_rate(config, state.iteration)
-        step = functools.partial(minibatch_step, samples=samples, rate=rate)
+        step = functools.partial(minibatch_step, samples=samples, rate=rate, acting=state.params)
         (params, opt_state), learned = jax.lax.scan(step, (state.params, state.opt_state), (rows, permutations))
         metrics |= {f"train/{name}": x.mean() for name, x in learned.items()} | {"train/learning_rate": rate}
         metrics["train/skipped_updates"] = opt_state.total_notfinite - state.opt_state.total_notfinite

@@ -23,8 +23,8 @@ and on instances that no choice was made on from
         json=tests/results/fresh_instances.json
 
 the tables of speeds from tests/benchmarks/throughput.py and growth.py, that of larger instances from
-tests/studies/exact_solver.py and sizes.py, those of planners from tests/studies/planners.py, that of faults from
-tests/measure_reliability.py, and that of situations from tests/measure_situations.py.
+tests/studies/exact_solver.py and sizes.py, those of operators and of planners from tests/studies/operators.py and
+planners.py, that of faults from tests/measure_reliability.py, and that of situations from tests/measure_situations.py.
 """
 
 import json
@@ -43,7 +43,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "sizes", "planners"),
+    "README.md": ("results", "operators", "sizes", "planners"),
+    "tests/studies/operators.md": ("settings", "workers"),
     "tests/studies/planners.md": ("hard", "blueprints"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
@@ -56,6 +57,7 @@ FRESH = ROOT / "tests" / "results" / "fresh_instances.json"
 BENCHMARK = ROOT / "tests" / "benchmarks" / "cpu.json"
 GROWTH = ROOT / "tests" / "benchmarks" / "growth.json"
 SIZES = ROOT / "tests" / "studies" / "sizes.json"
+OPERATORS = ROOT / "tests" / "studies" / "operators.json"
 EXACT = ROOT / "tests" / "studies" / "exact_solver.json"
 PLANNERS = ROOT / "tests" / "studies" / "planners.json"
 RELIABILITY = ROOT / "tests" / "results" / "reliability.json"
@@ -597,10 +599,53 @@ def blueprints_table(planners: dict) -> str:
     return "\n".join(lines)
 
 
+def operators_table(operators: dict) -> str:
+    """A line an operator: means over seeds and their standard errors."""
+    lines = [
+        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
+        " | with 32-simulation search on top | filled |",
+        "|---" * 6 + "|",
+    ]
+    for name in operators["seconds"]:
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
+            means = [mean_and_error([100 * row[key] for row in mine]) for key in keys]
+            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
+            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
+    return "\n".join(lines)
+
+
+def settings_table(operators: dict) -> str:
+    """What each run was, over `preset=cpu`."""
+    lines = ["| | keys | seconds of an iteration | iterations | decisions | minutes of the runs |", "|---" * 6 + "|"]
+    for name, seconds in operators["seconds"].items():
+        mine = [row for row in operators["rows"] if row["name"] == name]
+        if mine:
+            decisions, minutes = (statistics.mean(row[key] for row in mine) for key in ("decisions", "minutes"))
+            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
+            figures = f"{seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} | {minutes:.1f}"
+            lines.append(f"| {name} | {words} | {figures} |")
+    return "\n".join(lines)
+
+
+def workers_table(operators: dict) -> str:
+    """What parallel workers are worth, by the value of their leaves."""
+    heads = ("workers", "evaluations that a decision waits for", "decisions/s, completions", "decisions/s, value head")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = {(row["workers"], row["leaf_value"]): row for row in operators["workers"]}
+    for number in sorted({number for number, _ in rows}):
+        found = [rows[number, leaf_value] for leaf_value in ("completion", "network")]
+        speeds = [f"{row['decisions_per_second']:.1f}" for row in found]
+        lines.append(f"| {' | '.join([str(number), str(found[0]['evaluations']), *speeds])} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """All tables by name, from the committed files."""
     read = lambda path: json.loads(path.read_text())
-    results, benchmark, planners = read(RESULTS), read(BENCHMARK), read(PLANNERS)
+    results, benchmark = read(RESULTS), read(BENCHMARK)
+    operators, planners = read(OPERATORS), read(PLANNERS)
     return dict(
         results=results_table(results, read(FLOORS), benchmark),
         runs=runs_table(results),
@@ -611,6 +656,9 @@ def tables() -> dict[str, str]:
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
+        operators=operators_table(operators),
+        settings=settings_table(operators),
+        workers=workers_table(operators),
         planners=planners_table(planners),
         hard=hard_table(planners),
         blueprints=blueprints_table(planners),

@@ -15,6 +15,7 @@ import train_search_distill_binpack as script
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
 import exact_solver
+import operators
 import planners
 import sizes
 import study
@@ -104,6 +105,17 @@ def test_all_that_the_study_of_sizes_plans_was_measured():
         if sizes.num_instances(player, items)
     }
     assert found == planned
+    assert all(len(row["commit"]) == 40 for row in results["rows"])
+
+
+def test_all_that_the_study_of_operators_plans_was_measured():
+    """Each arm as it is planned now, with each seed, for as many iterations as its time allows."""
+    results = json.loads(operators.RESULTS.read_text())
+    found = {(row["name"], row["words"], row["seed"]): row["iterations"] for row in results["rows"]}
+    allowed = {name: round(60 * operators.MINUTES / seconds) for name, seconds in results["seconds"].items()}
+    planned = {(arm.name, arm.words, seed): allowed[arm.name] for arm in operators.ARMS for seed in operators.SEEDS}
+    assert found == planned and len(results["rows"]) == len(planned)
+    assert [(row["workers"], row["leaf_value"]) for row in results["workers"]] == [*operators.WORKERS]
     assert all(len(row["commit"]) == 40 for row in results["rows"])
 
 

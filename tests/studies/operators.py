@@ -1,15 +1,16 @@
 """Every improvement operator and loss at equal wall-clock: what the network learns, and what a search adds to it.
 
     python tests/studies/operators.py          # about four hours on 2 cores; goes on where it was stopped
-    python tests/studies/operators.py draw     # only makes the picture and the tables, from the results that there are
+    python tests/studies/operators.py draw     # only makes the picture, from the results that there are
 
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
-decays over them. What an iteration takes is measured first, for all arms in a row and with nothing else on the machine:
-the mean over the second half of `TIMED` iterations. So the runs themselves may share it; what they took is in the
-results, too: `tests/studies/operators.json`, `operators.png` and `operators.md`.
+decays over them. What an iteration takes is measured first, for all arms in a row, an arm a core and with nothing else
+on the machine: the mean over the second half of `TIMED` iterations, so without compilation. The runs themselves may
+share it then; what they took is in the results, too: `tests/studies/operators.json`. `tests/collect_results.py` makes the tables of them.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import train_ppo_binpack as ppo
 import train_search_distill_binpack as search_distill
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE, TABLES = HERE / "operators.json", HERE / "operators.png", HERE / "operators.md"
+RESULTS, PICTURE = HERE / "operators.json", HERE / "operators.png"
 RUNS = study.ROOT / "checkpoints" / "operators"
 MINUTES = 5.0  # of one core, about what the preset needs until it learns little more
 TIMED = 24
@@ -35,15 +36,16 @@ class Arm(NamedTuple):
     script: str = search_distill.__file__
 
 
-ALPHAZERO, TREEPI = "improvement=alphazero", "improvement=treepi min_target_kl=0 max_policy_kl=0.005"
+ALPHAZERO = "improvement=alphazero min_target_kl=0"
+TREEPI = "improvement=treepi min_target_kl=0 max_policy_kl=0.005"
 ARMS = (
     Arm("Gumbel MuZero, 4 simulations"),
     Arm("AlphaZero, 4 simulations", f"{ALPHAZERO} num_simulations=4"),
-    Arm("AlphaZero, 4 simulations, 4 workers", f"{ALPHAZERO} num_simulations=4 num_workers=4"),
+    Arm("AlphaZero, 4 simulations, 4 workers", f"{ALPHAZERO} num_simulations=4 num_workers=4 c_puct=0.5"),
     Arm("AlphaZero, 16 simulations", f"{ALPHAZERO} num_simulations=16"),
-    Arm("AlphaZero, 16 simulations, 4 workers", f"{ALPHAZERO} num_simulations=16 num_workers=4"),
+    Arm("AlphaZero, 16 simulations, 4 workers", f"{ALPHAZERO} num_simulations=16 num_workers=4 c_puct=0.5"),
     Arm("TreePI, K=1 (MPO)", f"{TREEPI} search_depth=1"),
-    Arm("TreePI, K=3", f"{TREEPI} search_depth=3 num_sampled_actions=4"),
+    Arm("TreePI, K=3", f"{TREEPI} search_depth=3"),
     Arm("best of 8", "improvement=best_of_n num_simulations=8"),
     Arm("best of 64", "improvement=best_of_n num_simulations=64"),
     Arm("Gumbel MuZero, CISPO", "loss=cispo min_target_kl=0"),
@@ -52,13 +54,12 @@ ARMS = (
     Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
 )
 SHIPPED = study.ROOT / "checkpoints" / "search_distill_cpu.pkl"
-WORKERS = {n: Arm(f"{n} workers", f"{ALPHAZERO} num_simulations=32 num_workers={n} init_from={SHIPPED}")
-           for n in (1, 4, 8)}  # fmt: skip
+WORKERS = tuple((number, leaf_value) for number in (1, 4, 8) for leaf_value in ("completion", "network"))
 
 
 def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[Path, list[dict]]:
     """The folder and the log of a run, or of an earlier one that came to its end."""
-    folder = RUNS / "".join(x if x.isalnum() else "_" for x in f"{arm.name}_{name}")
+    folder = RUNS / re.sub(r"\W+", "_", f"{arm.name} {arm.words} {name}")
     find = lambda: [*folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")]
     if not find() or evaluate.read_log(find()[0])[-1]["iteration"] < iterations:
         every = iterations if name == "timed" else max(iterations // 10, 1)
@@ -77,12 +78,13 @@ def measure_time(arm: Arm, core: int) -> dict:
     return {arm.name: statistics.mean(row["perf/iteration_seconds"] for row in rows[-TIMED // 2 :])}
 
 
-def measure_workers(number: int, core: int) -> dict:
-    """Decisions per second of AlphaZero's search with 32 simulations by so many workers, and how often a decision waits
-    for an evaluation of leaves."""
-    _, rows = train(WORKERS[number], 0, 6, core, "timed")
+def measure_workers(number: int, leaf_value: str, core: int) -> dict:
+    """Decisions per second of AlphaZero's search with 32 simulations by so many workers, learning included, and how
+    often a decision waits for an evaluation of leaves."""
+    words = f"{ALPHAZERO} num_simulations=32 num_workers={number} leaf_value={leaf_value} init_from={SHIPPED}"
+    _, rows = train(Arm("workers", words), 0, 6, core, "timed")
     speed = statistics.mean(row["perf/decisions_per_second"] for row in rows[3:])
-    return dict(workers=number, evaluations=32 // number, decisions_per_second=speed)
+    return dict(workers=number, leaf_value=leaf_value, evaluations=32 // number, decisions_per_second=speed)
 
 
 def measure(arm: Arm, seed: int, seconds: float, core: int) -> dict:
@@ -121,59 +123,6 @@ def draw(results: dict) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
-def operators_table(operators: dict) -> str:
-    """A line an operator: means over seeds and their standard errors."""
-    lines = [
-        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
-        " | with 32-simulation search on top | filled |",
-        "|---" * 6 + "|",
-    ]
-    for name in operators["seconds"]:
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
-            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
-            means = [study.mean_and_error([100 * row[key] for row in mine]) for key in keys]
-            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
-            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
-    return "\n".join(lines)
-
-
-def settings_table(operators: dict) -> str:
-    """What each run was, over `preset=cpu`."""
-    lines = ["| | keys | seconds of an iteration | iterations | decisions | minutes of the runs |", "|---" * 6 + "|"]
-    for name, seconds in operators["seconds"].items():
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
-            decisions, minutes = (statistics.mean(row[key] for row in mine) for key in ("decisions", "minutes"))
-            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
-            figures = f"{seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} | {minutes:.1f}"
-            lines.append(f"| {name} | {words} | {figures} |")
-    return "\n".join(lines)
-
-
-def workers_table(operators: dict) -> str:
-    lines = ["| workers | evaluations that a decision waits for | decisions/s |", "|---|---|---|"]
-    for row in operators["workers"]:
-        lines.append(f"| {row['workers']} | {row['evaluations']} | {row['decisions_per_second']:.1f} |")
-    return "\n".join(lines)
-
-
-def tables(results: dict) -> str:
-    """The text of operators.md."""
-    made = f"Made by `{results['command']}` at commit {results['commit'][:12]}, on {results['device']}."
-    parts = (
-        "# Every improvement operator at equal time",
-        "Each run is `preset=cpu` with the keys below, for as many iterations as the time allows. The networks, alone"
-        f" and with search on top, play the 1,024 fixed instances; ± is the standard error over seeds. {made}",
-        operators_table(results),
-        "![Utilisation of the networks alone against minutes](operators.png)",
-        settings_table(results),
-        "Workers of AlphaZero's search, with 32 simulations a decision, on one core and from the shipped network:",
-        workers_table(results),
-    )
-    return "\n\n".join(parts) + "\n"
-
-
 def main(argv: list[str]) -> int:
     if argv not in ([], ["draw"]):
         print(f"error: expected nothing or draw, got {' '.join(argv)}", file=sys.stderr)
@@ -188,7 +137,8 @@ def main(argv: list[str]) -> int:
     for found in study.on_all_cores(measure_time, [] if argv else arms):
         results["seconds"] |= found
         write()
-    workers = [(number,) for number in WORKERS if number not in [row["workers"] for row in results["workers"]]]
+    done = [(row["workers"], row["leaf_value"]) for row in results["workers"]]
+    workers = [number for number in WORKERS if number not in done]
     for found in study.on_all_cores(measure_workers, [] if argv else workers):
         results["workers"].append(found)
         write()
@@ -200,7 +150,6 @@ def main(argv: list[str]) -> int:
         write()
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
     draw(results)
-    TABLES.write_text(tables(json.loads(RESULTS.read_text())))
     return 0
 
 
