@@ -6,7 +6,8 @@
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
 decays over them. What an iteration takes is measured first, for all arms in a row, an arm a core and with nothing else
 on the machine: the mean over the second half of `TIMED` iterations, so without compilation. The runs themselves may
-share it then; what they took is in the results, too: `tests/studies/operators.json`. `tests/collect_results.py` makes the tables of them.
+share it then; what they took is in the results, too: `tests/studies/operators.json`. `tests/collect_results.py` makes
+the tables of them.
 """
 
 import json
@@ -110,16 +111,27 @@ def draw(results: dict) -> None:
     """Utilisation of the network alone against minutes: an operator's line is the mean of its seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
+    seen = dict.fromkeys(("Gumbel", "AlphaZero", "TreePI", "best", "PPO"), 0)  # A colour each, and a style each line.
     for arm in ARMS:
         curves = [row["curve"] for row in results["rows"] if row["name"] == arm.name]
+        kind = re.match(r"\w+", arm.name).group()
+        style = dict(color=f"C{[*seen].index(kind)}", linestyle=("-", "--", ":", "-.")[seen[kind]], label=arm.name)
+        seen[kind] += 1
         if curves:
             points = zip(*curves)  # Evaluations of all seeds after the same iteration.
-            axes.plot(*zip(*((statistics.mean(x) for x in zip(*point)) for point in points)), label=arm.name)
-    axes.set(xlabel="minutes of one core", ylabel="utilisation, network alone")
+            axes.plot(*zip(*((statistics.mean(x) for x in zip(*point)) for point in points)), **style)
+    floors = json.loads(study.collect_results.FLOORS.read_text())["rows"]
+    rule = next(row["avg_return"] for row in floors if row["policy"] == "largest_first")
+    axes.axhline(rule, color="grey", linewidth=1, label="largest item into the smallest space")
+    ticks = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+    axes.set_yscale("logit")
+    axes.set_yticks(ticks, [f"{100 * x:g} %" for x in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(xlabel="minutes of one core", ylabel="utilisation, network alone", ylim=(0.8, 0.9992))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(PICTURE, dpi=110)
 
 
