@@ -44,7 +44,7 @@ import evaluate  # noqa: E402
 
 TABLES = {
     "README.md": ("results", "operators", "sizes", "planners"),
-    "tests/studies/operators.md": ("settings", "workers"),
+    "tests/studies/operators.md": ("ablations", "settings", "workers"),
     "tests/studies/planners.md": ("hard", "blueprints"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
@@ -599,19 +599,28 @@ def blueprints_table(planners: dict) -> str:
     return "\n".join(lines)
 
 
-def operators_table(operators: dict) -> str:
-    """A line an operator: means over seeds and their standard errors."""
+def rows_by_name(operators: dict) -> dict[str, list[dict]]:
+    """The runs of each operator, then those of the ablations."""
+    names = dict.fromkeys([*operators["seconds"], *(row["name"] for row in operators["rows"])])
+    found = {name: [row for row in operators["rows"] if row["name"] == name] for name in names}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def operators_table(operators: dict, ablations: bool = False) -> str:
+    """A line an operator: means over seeds and their standard errors. Or a line an ablation, of one run."""
     lines = [
         f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
         " | with 32-simulation search on top | filled |",
         "|---" * 6 + "|",
     ]
-    for name in operators["seconds"]:
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
+    for name, mine in rows_by_name(operators).items():
+        if ablations == (name not in operators["seconds"]):
             keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
             means = [mean_and_error([100 * row[key] for row in mine]) for key in keys]
-            cells = ["{:.{}f} ± {:.{}f} %".format(mean, n, error, n) for (mean, error), n in zip(means, (2, 1, 3, 1))]
+            cells = [
+                f"{mean:.{n}f} ± {error:.{n}f} %" if len(mine) > 1 else f"{mean:.{n}f} %"
+                for (mean, error), n in zip(means, (2, 1, 3, 1))
+            ]
             lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
     return "\n".join(lines)
 
@@ -619,13 +628,11 @@ def operators_table(operators: dict) -> str:
 def settings_table(operators: dict) -> str:
     """What each run was, over `preset=cpu`."""
     lines = ["| | keys | seconds of an iteration | iterations | decisions | minutes of the runs |", "|---" * 6 + "|"]
-    for name, seconds in operators["seconds"].items():
-        mine = [row for row in operators["rows"] if row["name"] == name]
-        if mine:
-            decisions, minutes = (statistics.mean(row[key] for row in mine) for key in ("decisions", "minutes"))
-            words = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
-            figures = f"{seconds:.2f} | {mine[0]['iterations']} | {decisions:,.0f} | {minutes:.1f}"
-            lines.append(f"| {name} | {words} | {figures} |")
+    for name, mine in rows_by_name(operators).items():
+        decisions, minutes = (statistics.mean(row[key] for row in mine) for key in ("decisions", "minutes"))
+        keys = f"`{mine[0]['words']}`" if mine[0]["words"] else ""
+        seconds = f"{operators['seconds'][name]:.2f}" if name in operators["seconds"] else ""
+        lines.append(f"| {name} | {keys} | {seconds} | {mine[0]['iterations']} | {decisions:,.0f} | {minutes:.1f} |")
     return "\n".join(lines)
 
 
@@ -657,6 +664,7 @@ def tables() -> dict[str, str]:
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
         operators=operators_table(operators),
+        ablations=operators_table(operators, ablations=True),
         settings=settings_table(operators),
         workers=workers_table(operators),
         planners=planners_table(planners),

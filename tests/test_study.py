@@ -114,6 +114,7 @@ def test_all_that_the_study_of_operators_plans_was_measured():
     found = {(row["name"], row["words"], row["seed"]): row["iterations"] for row in results["rows"]}
     allowed = {name: round(60 * operators.MINUTES / seconds) for name, seconds in results["seconds"].items()}
     planned = {(arm.name, arm.words, seed): allowed[arm.name] for arm in operators.ARMS for seed in operators.SEEDS}
+    planned |= {(arm.name, arm.words, 0): allowed[name] for arm, name in operators.ABLATIONS.items()}
     assert found == planned and len(results["rows"]) == len(planned)
     assert [(row["workers"], row["leaf_value"]) for row in results["workers"]] == [*operators.WORKERS]
     assert all(len(row["commit"]) == 40 for row in results["rows"])

@@ -37,8 +37,7 @@ class Arm(NamedTuple):
     script: str = search_distill.__file__
 
 
-ALPHAZERO = "improvement=alphazero min_target_kl=0"
-TREEPI = "improvement=treepi min_target_kl=0 max_policy_kl=0.005"
+ALPHAZERO, TREEPI = "improvement=alphazero", "improvement=treepi min_target_kl=0 max_policy_kl=0.005"
 ARMS = (
     Arm("Gumbel MuZero, 4 simulations"),
     Arm("AlphaZero, 4 simulations", f"{ALPHAZERO} num_simulations=4"),
@@ -54,6 +53,13 @@ ARMS = (
     Arm("PPO", "", ppo.__file__),
     Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
 )
+ABLATIONS = {  # With the first seed alone, for as many iterations as another arm.
+    Arm("Gumbel MuZero, all decisions", "min_target_kl=0"): "Gumbel MuZero, 4 simulations",
+    Arm("AlphaZero, all decisions", f"{ALPHAZERO} num_simulations=16 min_target_kl=0"): "AlphaZero, 16 simulations",
+    Arm("AlphaZero, no noise", f"{ALPHAZERO} num_simulations=16 dirichlet_fraction=0"): "AlphaZero, 16 simulations",
+    Arm("TreePI, changed decisions", f"{TREEPI} search_depth=1".replace("min_target_kl=0 ", "")): "TreePI, K=1 (MPO)",
+    Arm("best of 8, all decisions", "improvement=best_of_n num_simulations=8 min_target_kl=0"): "best of 8",
+}
 SHIPPED = study.ROOT / "checkpoints" / "search_distill_cpu.pkl"
 WORKERS = tuple((number, leaf_value) for number in (1, 4, 8) for leaf_value in ("completion", "network"))
 
@@ -155,9 +161,10 @@ def main(argv: list[str]) -> int:
         results["workers"].append(found)
         write()
     done = {(row["name"], row["seed"]) for row in results["rows"]}
-    arms = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm.name, seed) not in done]
-    arms = [(arm, seed, results["seconds"].get(arm.name)) for arm, seed in arms]
-    for row in study.on_all_cores(measure, [] if argv else arms):
+    runs = [(arm, seed, arm.name) for seed in SEEDS for arm in ARMS]
+    runs += [(arm, SEEDS[0], name) for arm, name in ABLATIONS.items()]
+    runs = [(arm, seed, results["seconds"].get(name)) for arm, seed, name in runs if (arm.name, seed) not in done]
+    for row in study.on_all_cores(measure, [] if argv else runs):
         results["rows"].append(row)
         write()
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
