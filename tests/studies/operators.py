@@ -153,7 +153,8 @@ def main(argv: list[str]) -> int:
 
     arms = [(arm,) for arm in ARMS if arm.name not in results["seconds"]]
     for found in study.on_all_cores(measure_time, [] if argv else arms):
-        results["seconds"] |= found
+        seconds = results["seconds"] | found
+        results["seconds"] = {arm.name: seconds[arm.name] for arm in ARMS if arm.name in seconds}
         write()
     done = [(row["workers"], row["leaf_value"]) for row in results["workers"]]
     workers = [number for number in WORKERS if number not in done]
