@@ -1321,9 +1321,9 @@ NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_ch
 
 
 def network_hint(config: Config, checkpoint: dict) -> str:
-    """What to type where a checkpoint's network is another one than the configuration's."""
+    """What to type where a checkpoint's arrays do not fit the configuration."""
     old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
-    keys = [key for key in new if ("transformer" in key or key == "pair_units") and old.get(key) != new[key]]
+    keys = [k for k in new if ("transformer" in k or k in ("pair_units", "max_policy_kl")) and old.get(k) != new[k]]
     return " ".join(["type", *(f"{key}={ev.as_typed(old.get(key))}" for key in keys)]) if keys else "give another one"
 
 

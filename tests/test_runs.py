@@ -274,6 +274,13 @@ def test_resume_refuses_another_network(method, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_resume_refuses_a_bound_of_the_kl_that_the_run_does_not_have(search_run, tmp_path, capsys):
+    """The bound's multiplier is part of the optimizer's state."""
+    resume = f"resume={search_run / 'iter_000002.pkl'}"
+    assert script.main(override(resume, "max_policy_kl=0.005", f"save_dir={tmp_path}")) == 2
+    assert "do not fit this configuration; type max_policy_kl=0.0\n" in capsys.readouterr().err
+
+
 def test_starting_over_an_earlier_run_needs_a_word(own_run, capsys):
     save_dir = own_run.parents[2]
     before = contents_of(own_run)
