@@ -13,6 +13,7 @@ import pytest
 from conftest import flat_vector, override
 
 import evaluate
+import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 ACTIONS = 3
@@ -387,4 +388,10 @@ def test_a_key_of_another_operator_is_refused_with_a_line(capsys):
         ("improvement=mcts", "improvement=mcts: expected one of gumbel, alphazero, treepi, best_of_n; type"),
     ):
         assert script.main(words.split()) == 2
+        assert expected in capsys.readouterr().err
+    for words, expected in (
+        ("epsilon_high=3", "epsilon_high=3: expected with loss=cispo alone; type loss=cispo, or drop epsilon_high"),
+        ("loss=cispo clip_eps=0.1", "clip_eps=0.1: expected with loss=ppo alone; type loss=ppo, or drop clip_eps"),
+    ):
+        assert ppo.main(words.split()) == 2
         assert expected in capsys.readouterr().err
