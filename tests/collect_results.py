@@ -43,8 +43,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "operators", "sizes", "planners"),
-    "tests/studies/operators.md": ("ablations", "settings", "workers"),
+    "README.md": ("results", "sizes", "planners"),
+    "tests/studies/operators.md": ("operators", "ablations", "settings", "workers"),
     "tests/studies/planners.md": ("hard", "blueprints"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),

@@ -157,6 +157,21 @@ def test_a_child_that_is_chosen_twice_is_evaluated_once(toy):
     assert not any(wanted) and not tree.child.any()
 
 
+@pytest.mark.parametrize("workers", (1, 4, 8))
+def test_a_decision_waits_for_one_evaluation_a_round_of_workers(toy, monkeypatch, workers):
+    """Of as many leaves as there are workers; the root comes from the search before."""
+    rounds, grow = [], script.grow
+
+    def counted(make_child, known, tree, num_nodes, parents, *rest):
+        jax.debug.callback(lambda n: rounds.append((int(n), len(parents))), num_nodes)
+        return grow(make_child, known, tree, num_nodes, parents, *rest)
+
+    monkeypatch.setattr(script, "grow", counted)
+    jax.block_until_ready(searched(script.make_alphazero, toy[-1], num_simulations=32, num_workers=workers))
+    jax.effects_barrier()
+    assert sorted(rounds) == [(1 + i * workers, workers) for i in range(32 // workers)]
+
+
 def test_values_that_differ_by_rounding_alone_do_not_move_the_search(toy):
     """The prior decides among them, as it does among equal values."""
     _, make_child = script.make_tree_functions()
