@@ -108,7 +108,7 @@ class Config(ev.Sizes):
     num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
-    # Keys of one loss; `evaluate.parse_command_line` refuses other values with the other one.
+    # Keys of one loss; `evaluate.parse_command_line` refuses other values than the default with the other loss.
     needs: ClassVar = dict(clip_eps="loss=ppo", epsilon_high="loss=cispo")
 
     def run_dir(self) -> Path:

@@ -102,7 +102,7 @@ class Config(ev.Sizes):
     )
     epsilon_high: PositiveFloat = Field(5.0, description="cap of the importance weights (loss=cispo)")
     kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
-    max_policy_kl: NonNegativeFloat = Field(0.0, description="limit of the mean KL(acting || new policy) (0: none)")
+    max_policy_kl: NonNegativeFloat = Field(0.0, description="bound of the mean KL(acting || new), nats (0: none)")
     value_target: Literal["return", "search"] = Field("return", description="returns, or the root's searched value")
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
@@ -887,9 +887,9 @@ def child_values(tree: Tree, node: jax.Array) -> jax.Array:
 
 
 def puct(tree: Tree, virtual_visits: jax.Array, node: jax.Array, c_puct: float) -> jax.Array:
-    """The pUCT score of each action of a node, [K], as in MuZero (Schrittwieser et al. 2020, appendix B): Q is
-    normalised by the values of the node and its children, with a floor, since values that differ by rounding alone are
-    not the best and the worst. A virtual visit, of [n, K], counts as one with Q = 0."""
+    """The pUCT score of each action of a node, [K] (Schrittwieser et al. 2020, appendix B). As in mctx, Q is scaled by
+    the range of the values of the node and its children; a range of at least 1e-4 keeps differences of rounding small.
+    A virtual visit, of [n, K], counts as one with Q = 0."""
     child, q = tree.child[node], child_values(tree, node)
     visits = jnp.where(child > 0, tree.visits[child], 0.0)
     low, high = jnp.minimum(tree.value[node], q.min()), jnp.maximum(tree.value[node], q.max())
@@ -903,8 +903,8 @@ def puct(tree: Tree, virtual_visits: jax.Array, node: jax.Array, c_puct: float) 
 def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """AlphaZero's search (Silver et al. 2018; as a teacher: Anthony et al. 2017): pUCT, noise at the root, and visit
     counts as the target. `num_workers` descend one after the other, each under the virtual losses of those before it
-    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy`, which
-    scales Q, but for the noise, which goes to legal actions alone, and for the floor in `puct`."""
+    (Chaslot et al. 2008), and their leaves are evaluated together. With one worker it is `mctx.muzero_policy` with two
+    differences: noise goes to legal actions alone, and the scale of Q has a floor."""
     start, make_child = make_tree_functions(env, network, config, 1 + config.num_simulations)
     workers = config.num_workers
 
@@ -937,7 +937,6 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
         legal = legal_actions(observation)[root.actions]
         noise = jax.nn.softmax(jax.random.loggamma(noise_key, config.dirichlet_alpha, legal.shape), where=legal)
         mixed = jnp.log((1.0 - fraction) * jax.nn.softmax(root.logits) + fraction * noise)
-        noisy = root._replace(logits=jnp.where(legal, mixed, MASKED))
 
         def simulate(i, tree):
             init = jnp.zeros(tree.child.shape), *jnp.zeros((2, workers), jnp.int32)
@@ -945,7 +944,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
             tree = grow(make_child, known, tree, 1 + i * workers, parents, indices)
             return jax.lax.fori_loop(0, workers, lambda w, tree: backup(tree, tree.child[parents[w], indices[w]]), tree)
 
-        tree = start_tree(state, noisy, 1 + config.num_simulations)
+        tree = start_tree(state, root._replace(logits=jnp.where(legal, mixed, MASKED)), 1 + config.num_simulations)
         tree = jax.lax.fori_loop(0, config.num_simulations // workers, simulate, tree)
         child = tree.child[0]
         visits = jnp.where(child > 0, tree.visits[child], 0.0)
@@ -958,7 +957,7 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): M actions are sampled at a node, a
     rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A
-    rollout ends at the first node without children, which above the depth K gets M of them, evaluated together.
+    rollout ends at the first node without children. At a depth below K it gets M of them, evaluated together.
     The target is the root's weights of its samples. K=1 is the improvement of MPO (Abdolmaleki et al. 2018)."""
     num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
     num_samples, num_nodes = config.num_sampled_actions, 1 + num_rollouts * config.num_sampled_actions
@@ -1144,7 +1143,7 @@ class TrainState(NamedTuple):
 
 def kl_multiplier(bound: float) -> optax.GradientTransformationExtraArgs:
     """Keeps the Lagrange multiplier of `max_policy_kl`, and leaves the gradient as it is. In a minibatch it changes by
-    at most a factor of 2, up where policy_kl exceeds the bound, so that policy_kl does not stay above it."""
+    at most a factor of 2, up where policy_kl exceeds the bound. Its limits let it act soon after a long rest."""
 
     def update(updates, multiplier, params=None, *, policy_kl, **_):
         return updates, jnp.clip(multiplier * 2.0 ** jnp.clip(policy_kl / bound - 1.0, -1.0, 1.0), 1e-3, 1e3)
@@ -1267,7 +1266,7 @@ def make_train_iteration(env: BinPack, network: hk.Transformed, config: Config) 
             batch = batch._replace(kl_weight=batch.kl_weight + opt_state.inner_state[-1])
         if config.permute_axes:
             batch = batch._replace(observation=jax.vmap(permute_axes)(batch.observation, permutations))
-        if config.loss == "cispo" or config.max_policy_kl:  # Both policies see the same permutation.
+        if config.permute_axes and (config.loss == "cispo" or config.max_policy_kl):  # Both policies see the same.
             logits = jnp.take_along_axis(predict(acting, batch.observation)[0], batch.decision.actions, -1)
             batch = batch._replace(decision=batch.decision._replace(prior=jax.nn.log_softmax(logits)))
         (loss, metrics), grads = psum(gradients_in_parts(gradients, config, batch, params))
@@ -1321,9 +1320,9 @@ NOT_OF_THE_RESULT = ("resume", "overwrite", "save_dir", "save_minutes", "keep_ch
 
 
 def network_hint(config: Config, checkpoint: dict) -> str:
-    """What to type where a checkpoint's arrays do not fit the configuration."""
+    """What to type where a checkpoint's network is another one than the configuration's."""
     old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
-    keys = [k for k in new if ("transformer" in k or k in ("pair_units", "max_policy_kl")) and old.get(k) != new[k]]
+    keys = [key for key in new if ("transformer" in key or key == "pair_units") and old.get(key) != new[key]]
     return " ".join(["type", *(f"{key}={ev.as_typed(old.get(key))}" for key in keys)]) if keys else "give another one"
 
 
@@ -1331,7 +1330,8 @@ def restore(config: Config, fresh: TrainState, checkpoint: dict) -> TrainState:
     """The state that a checkpoint continues from; says which keys change that matter. Raises `UsageError`."""
     old, new = Config().model_dump(mode="json") | checkpoint["config"], config.model_dump(mode="json")
     changed = [key for key in new if old.get(key) != new[key] and key not in NOT_OF_THE_RESULT]
-    hint = network_hint(config, checkpoint)
+    kl = old["max_policy_kl"]
+    hint = network_hint(config, checkpoint) if bool(kl) == bool(config.max_policy_kl) else f"type max_policy_kl={kl}"
     if not checkpoint["opt_state"]:
         hint = "it is for evaluation, without the optimizer's state; give one that a run saved"
     leaves, opt_tree = jax.tree.flatten(fresh.opt_state)

@@ -606,23 +606,31 @@ def rows_by_name(operators: dict) -> dict[str, list[dict]]:
     return {name: rows for name, rows in found.items() if rows}
 
 
-def operators_table(operators: dict, ablations: bool = False) -> str:
-    """A line an operator: means over seeds and their standard errors. Or a line an ablation, of one run."""
-    lines = [
-        f"| {operators['minutes']:.0f} minutes of one core | iterations | network alone | filled"
-        " | with 32-simulation search on top | filled |",
-        "|---" * 6 + "|",
-    ]
-    for name, mine in rows_by_name(operators).items():
-        if ablations == (name not in operators["seconds"]):
-            keys = "greedy_avg_return", "greedy_solved_rate", "search_avg_return", "search_solved_rate"
-            means = [mean_and_error([100 * row[key] for row in mine]) for key in keys]
-            cells = [
-                f"{mean:.{n}f} ± {error:.{n}f} %" if len(mine) > 1 else f"{mean:.{n}f} %"
-                for (mean, error), n in zip(means, (2, 1, 3, 1))
-            ]
-            lines.append(f"| {' | '.join([name, str(mine[0]['iterations']), *cells])} |")
+def lines_of_operators(operators: dict, found: dict[str, list[dict]]) -> str:
+    """A line each: means over seeds and, if there are several, their standard errors."""
+    heads = (f"{operators['minutes']:.0f} minutes of one core", "seeds", "iterations", "network alone", "filled")
+    lines = [f"| {' | '.join(heads)} | with 32-simulation search on top | filled |", "|---" * 7 + "|"]
+    keys = dict(greedy_avg_return=2, greedy_solved_rate=1, search_avg_return=3, search_solved_rate=1)
+    for name, rows in found.items():
+        cells = [name, f"{len(rows)}", f"{rows[0]['iterations']}"]
+        for key, digits in keys.items():
+            mean, error = mean_and_error([100 * row[key] for row in rows])
+            cells.append(f"{mean:.{digits}f}{f' ± {error:.{digits}f}' if len(rows) > 1 else ''} %")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def operators_table(operators: dict) -> str:
+    """The runs of all seeds."""
+    found = rows_by_name(operators)
+    return lines_of_operators(operators, {name: found[name] for name in operators["seconds"] if name in found})
+
+
+def ablations_table(operators: dict) -> str:
+    """Runs of one seed, each below the run that it changes."""
+    first = {row["name"]: [row] for row in operators["rows"] if row["seed"] == 0}
+    names = dict.fromkeys(name for pair in operators["ablations"].items() if pair[0] in first for name in pair[::-1])
+    return lines_of_operators(operators, {name: first[name] for name in names if name in first})
 
 
 def settings_table(operators: dict) -> str:
@@ -664,7 +672,7 @@ def tables() -> dict[str, str]:
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
         operators=operators_table(operators),
-        ablations=operators_table(operators, ablations=True),
+        ablations=ablations_table(operators),
         settings=settings_table(operators),
         workers=workers_table(operators),
         planners=planners_table(planners),

@@ -54,10 +54,16 @@ ARMS = (
     Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
 )
 ABLATIONS = {  # With the first seed alone, for as many iterations as another arm.
-    Arm("Gumbel MuZero, all decisions", "min_target_kl=0"): "Gumbel MuZero, 4 simulations",
-    Arm("AlphaZero, all decisions", f"{ALPHAZERO} num_simulations=16 min_target_kl=0"): "AlphaZero, 16 simulations",
-    Arm("AlphaZero, no noise", f"{ALPHAZERO} num_simulations=16 dirichlet_fraction=0"): "AlphaZero, 16 simulations",
-    Arm("TreePI, changed decisions", f"{TREEPI} search_depth=1".replace("min_target_kl=0 ", "")): "TreePI, K=1 (MPO)",
+    Arm("Gumbel MuZero, 4 simulations, all decisions", "min_target_kl=0"): "Gumbel MuZero, 4 simulations",
+    Arm(
+        "AlphaZero, 16 simulations, all decisions", f"{ALPHAZERO} num_simulations=16 min_target_kl=0"
+    ): "AlphaZero, 16 simulations",
+    Arm(
+        "AlphaZero, 16 simulations, no noise", f"{ALPHAZERO} num_simulations=16 dirichlet_fraction=0"
+    ): "AlphaZero, 16 simulations",
+    Arm(
+        "TreePI, K=1 (MPO), changed decisions", f"{TREEPI} search_depth=1".replace("min_target_kl=0 ", "")
+    ): "TreePI, K=1 (MPO)",
     Arm("best of 8, all decisions", "improvement=best_of_n num_simulations=8 min_target_kl=0"): "best of 8",
 }
 SHIPPED = study.ROOT / "checkpoints" / "search_distill_cpu.pkl"
@@ -68,7 +74,7 @@ def train(arm: Arm, seed: int, iterations: int, core: int, name: str) -> tuple[P
     """The folder and the log of a run, or of an earlier one that came to its end."""
     folder = RUNS / re.sub(r"\W+", "_", f"{arm.name} {arm.words} {name}")
     find = lambda: [*folder.glob(f"BinPack-v2/*/seed_{seed}/metrics.jsonl")]
-    if not find() or evaluate.read_log(find()[0])[-1]["iteration"] < iterations:
+    if not find() or evaluate.read_log(find()[0])[-1]["iteration"] != iterations:
         every = iterations if name == "timed" else max(iterations // 10, 1)
         words = dict(max_num_iters=iterations, learning_rate_decay_iters=iterations, eval_interval=every, seed=seed)
         words |= dict(save_interval=iterations, save_dir=folder, overwrite="true", preset="cpu")
@@ -149,6 +155,7 @@ def main(argv: list[str]) -> int:
 
     def write() -> None:
         made_with = study.made_with() | dict(command="python tests/studies/operators.py", minutes=MINUTES)
+        made_with["ablations"] = {arm.name: name for arm, name in ABLATIONS.items()}
         RESULTS.write_text(json.dumps(results | made_with, indent=1) + "\n")
 
     arms = [(arm,) for arm in ARMS if arm.name not in results["seconds"]]
