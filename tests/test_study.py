@@ -117,6 +117,7 @@ def test_the_study_of_operators_has_no_run_that_it_does_not_plan():
     planned |= {(arm.name, arm.words, 0): allowed[name] for arm, name in operators.ABLATIONS.items()}
     assert found.items() <= planned.items() and len(results["rows"]) == len(found) > 0
     assert [(row["workers"], row["leaf_value"]) for row in results["workers"]] == [*operators.WORKERS]
+    assert results["ablations"] == {arm.name: name for arm, name in operators.ABLATIONS.items()}
     assert all(len(row["commit"]) == 40 for row in results["rows"])
 
 
