@@ -67,7 +67,7 @@ class Config(ev.Sizes):
     # Search, the policy improvement of collection. Evaluations with search are played by Gumbel MuZero search.
     improvement: str = Field("gumbel", description="a name in IMPROVEMENTS: gumbel, alphazero, treepi or best_of_n")
     num_simulations: PositiveInt = Field(
-        32, description="simulations a decision (treepi: rollouts; best_of_n: sampled episodes an instance)"
+        32, description="simulations a decision (treepi: rollouts, one at depth 1; best_of_n: sampled episodes)"
     )
     leaf_value: Literal["network", "completion"] = Field(
         "completion",
@@ -86,8 +86,8 @@ class Config(ev.Sizes):
     )
     acting_temperature: PositiveFloat = Field(1.0, description="alphazero: actions are drawn from visits^(1/this)")
     num_workers: PositiveInt = Field(1, description="alphazero: workers on one tree; leaves are evaluated together")
-    num_sampled_actions: PositiveInt = Field(8, description="treepi: actions M that a rollout samples and evaluates")
-    search_depth: PositiveInt = Field(3, description="treepi: moves K that a rollout looks ahead (1: as MPO)")
+    num_sampled_actions: PositiveInt = Field(8, description="treepi: actions that a rollout samples and evaluates")
+    search_depth: PositiveInt = Field(3, description="treepi: moves that a rollout looks ahead (1: as MPO)")
     soft_temperature: PositiveFloat = Field(0.04, description="treepi: alpha, in units of the return")
     # Learning.
     min_target_kl: NonNegativeFloat = Field(
@@ -102,7 +102,7 @@ class Config(ev.Sizes):
     )
     epsilon_high: PositiveFloat = Field(5.0, description="cap of the importance weights (loss=cispo)")
     kl_penalty: NonNegativeFloat = Field(0.05, description="cispo: weight of KL(acting || new policy) in the loss")
-    max_policy_kl: NonNegativeFloat = Field(0.0, description="bound of the mean KL(acting || new), nats (0: none)")
+    max_policy_kl: NonNegativeFloat = Field(0.0, description="mean KL(acting || new) that is aimed at, nats (0: none)")
     value_target: Literal["return", "search"] = Field("return", description="returns, or the root's searched value")
     value_loss_weight: NonNegativeFloat = Field(1.0, description="weight of the value's squared error in the loss")
     max_grad_norm: PositiveFloat = Field(1.0, description="global norm to which gradients are clipped")
@@ -141,7 +141,7 @@ class Config(ev.Sizes):
     num_processes: NonNegativeInt = Field(0, description="number of processes, elsewhere")
     process_id: NonNegativeInt = Field(0, description="number of this process from 0, elsewhere")
 
-    # Keys of one operator or loss, with what each needs; `evaluate.parse_command_line` refuses other values elsewhere.
+    # Keys of one operator or loss, and what each needs: without it, `parse_command_line` takes the default alone.
     needs: ClassVar = dict(gumbel_scale="improvement=gumbel", epsilon_high="loss=cispo", kl_penalty="loss=cispo")
     needs |= dict.fromkeys(("c_puct", "dirichlet_alpha", "dirichlet_fraction", "acting_temperature", "num_workers"),
                            "improvement=alphazero")  # fmt: skip
@@ -955,16 +955,16 @@ def make_alphazero(env: BinPack, network: hk.Transformed, config: Config) -> Pol
 
 
 def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
-    """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): M actions are sampled at a node, a
-    rollout resamples among them by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). A
-    rollout ends at the first node without children. At a depth below K it gets M of them, evaluated together.
-    The target is the root's weights of its samples. K=1 is the improvement of MPO (Abdolmaleki et al. 2018)."""
+    """Local search for policy improvement (Springenberg et al. 2020, algorithm 1): a rollout resamples among a node's M
+    samples by exp(Q / alpha), and values are soft, V = alpha log(1/M sum exp(Q / alpha)). It ends at the first node
+    without samples, which gets them, evaluated together, if it is above `search_depth`, the paper's K. The target is
+    the root's weights of its samples. With `search_depth=1` it is that of MPO (Abdolmaleki et al. 2018)."""
     num_rollouts = config.num_simulations if config.search_depth > 1 else 1  # Nothing changes after the first.
     num_samples, num_nodes = config.num_sampled_actions, 1 + num_rollouts * config.num_sampled_actions
     start, make_child = make_tree_functions(env, network, config, num_nodes)
 
     def improved(tree: Tree, count: jax.Array, node: jax.Array) -> jax.Array:
-        """Unnormalised logits [K] of the improved policy; count [n, K] says how often an action was sampled."""
+        """Unnormalised logits of the improved policy, over a node's actions; count says how often each was sampled."""
         logits = jnp.log(jnp.maximum(count[node], 1.0)) + child_values(tree, node) / config.soft_temperature
         return jnp.where(count[node] > 0, logits, MASKED)
 
@@ -1006,7 +1006,7 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 
 def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
     """Best-of-N distillation: of the greedy and N sampled episodes of an instance the best is played and taught, action
-    by action. The memory is that episode: its actions and rewards [T], and the number of the next move."""
+    by action. The memory is that episode: its actions and returns [T], and the number of the next move."""
     predict, steps = make_predict(network, config), jnp.arange(env.generator.max_num_items - 1)
 
     def start(params: Any, state: State, observation: Observation):
@@ -1024,17 +1024,17 @@ def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Pol
             return jax.lax.scan(step, (state, observation), steps)[1]
 
         actions, rewards = jax.vmap(episode)(jnp.arange(1 + config.num_simulations))
-        best = argmax(rewards @ config.discount**steps)
-        return actions[best], rewards[best], 0
+        returns = discounted_returns(rewards, config.discount)
+        best = argmax(returns[:, 0].at[0].add(1e-5))  # What rounding adds is no reason to leave greedy play.
+        return actions[best], returns[best], 0
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple):
-        episode, rewards, t = memory
+        episode, returns, t = memory
         logits, _ = predict(params, observation)
         _, actions = jax.lax.top_k(logits, min(config.search_width, logits.size))
         actions = actions.at[-1].set(jnp.where((actions == episode[t]).any(), actions[-1], episode[t]))
         weights, prior = (actions == episode[t]).astype(jnp.float32), jax.nn.log_softmax(logits[actions])
-        value = discounted_returns(rewards[None], config.discount)[0, t]
-        return episode[t], Decision(actions, weights, prior, argmax(weights), value), (episode, rewards, t + 1)
+        return episode[t], Decision(actions, weights, prior, argmax(weights), returns[t]), (episode, returns, t + 1)
 
     return Policy(act, start)
 
@@ -1143,7 +1143,7 @@ class TrainState(NamedTuple):
 
 def kl_multiplier(bound: float) -> optax.GradientTransformationExtraArgs:
     """Keeps the Lagrange multiplier of `max_policy_kl`, and leaves the gradient as it is. In a minibatch it changes by
-    at most a factor of 2, up where policy_kl exceeds the bound. Its limits let it act soon after a long rest."""
+    at most a factor of 2, up where policy_kl exceeds the bound. It stays within limits from which it soon returns."""
 
     def update(updates, multiplier, params=None, *, policy_kl, **_):
         return updates, jnp.clip(multiplier * 2.0 ** jnp.clip(policy_kl / bound - 1.0, -1.0, 1.0), 1e-3, 1e3)
