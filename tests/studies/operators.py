@@ -53,7 +53,7 @@ ARMS = (
     Arm("PPO", "", ppo.__file__),
     Arm("PPO, CISPO", "loss=cispo", ppo.__file__),
 )
-ABLATIONS = {  # With the first seed alone, for as many iterations as another arm.
+ABLATIONS = {  # For as many iterations as the arm that each changes.
     Arm("Gumbel MuZero, 4 simulations, all decisions", "min_target_kl=0"): "Gumbel MuZero, 4 simulations",
     Arm(
         "AlphaZero, 16 simulations, all decisions", f"{ALPHAZERO} num_simulations=16 min_target_kl=0"
@@ -169,8 +169,8 @@ def main(argv: list[str]) -> int:
         results["workers"].append(found)
         write()
     done = {(row["name"], row["seed"]) for row in results["rows"]}
-    runs = [(arm, seed, arm.name) for seed in SEEDS for arm in ARMS]
-    runs += [(arm, SEEDS[0], name) for arm, name in ABLATIONS.items()]
+    arms = {arm: arm.name for arm in ARMS} | ABLATIONS
+    runs = [(arm, seed, name) for seed in SEEDS for arm, name in arms.items()]
     runs = [(arm, seed, results["seconds"].get(name)) for arm, seed, name in runs if (arm.name, seed) not in done]
     for row in study.on_all_cores(measure, [] if argv else runs):
         results["rows"].append(row)
