@@ -1005,8 +1005,8 @@ def make_treepi(env: BinPack, network: hk.Transformed, config: Config) -> Policy
 
 
 def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Policy:
-    """Best-of-N distillation: of the greedy and N sampled episodes of an instance the best is played and taught, action
-    by action. The memory is that episode: its actions and returns [T], and the number of the next move."""
+    """Best-of-N distillation: of N sampled episodes of an instance and the greedy one, the best (if equal, a sampled
+    one) is played and taught. The memory has its actions and returns [T], and the number of the next move."""
     predict, steps = make_predict(network, config), jnp.arange(env.generator.max_num_items - 1)
 
     def start(params: Any, state: State, observation: Observation):
@@ -1017,15 +1017,15 @@ def make_best_of_n(env: BinPack, network: hk.Transformed, config: Config) -> Pol
                 state, observation = carry
                 logits, _ = predict(params, observation)
                 noise = jax.random.gumbel(jax.random.fold_in(key, t), logits.shape)
-                action = argmax(logits + jnp.where(number > 0, noise, 0.0))
+                action = argmax(logits + jnp.where(number < config.num_simulations, noise, 0.0))
                 state, timestep = step_flat(env, state, action)
                 return (state, timestep.observation), (action, timestep.reward)
 
             return jax.lax.scan(step, (state, observation), steps)[1]
 
-        actions, rewards = jax.vmap(episode)(jnp.arange(1 + config.num_simulations))
+        actions, rewards = jax.vmap(episode)(jnp.arange(config.num_simulations + 1))  # The last one is greedy.
         returns = discounted_returns(rewards, config.discount)
-        best = argmax(returns[:, 0].at[0].add(1e-5))  # What rounding adds is no reason to leave greedy play.
+        best = argmax(returns[:, 0] > returns[:, 0].max() - 1e-5)  # The first, where they differ by rounding alone.
         return actions[best], returns[best], 0
 
     def act(params: Any, key: jax.Array, state: State, observation: Observation, memory: tuple):
