@@ -56,15 +56,8 @@ ARMS = (
 ABLATIONS = {  # For as many iterations as the arm that each changes.
     Arm("Gumbel MuZero, 4 simulations, all decisions", "min_target_kl=0"): "Gumbel MuZero, 4 simulations",
     Arm(
-        "AlphaZero, 16 simulations, all decisions", f"{ALPHAZERO} num_simulations=16 min_target_kl=0"
-    ): "AlphaZero, 16 simulations",
-    Arm(
         "AlphaZero, 16 simulations, no noise", f"{ALPHAZERO} num_simulations=16 dirichlet_fraction=0"
     ): "AlphaZero, 16 simulations",
-    Arm(
-        "TreePI, K=1 (MPO), changed decisions", f"{TREEPI} search_depth=1".replace("min_target_kl=0 ", "")
-    ): "TreePI, K=1 (MPO)",
-    Arm("best of 8, all decisions", "improvement=best_of_n num_simulations=8 min_target_kl=0"): "best of 8",
 }
 SHIPPED = study.ROOT / "checkpoints" / "search_distill_cpu.pkl"
 WORKERS = tuple((number, leaf_value) for number in (1, 4, 8) for leaf_value in ("completion", "network"))
