@@ -33,6 +33,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 
 TABLES = {
-    "README.md": ("results", "sizes", "planners"),
-    "tests/studies/operators.md": ("operators", "ablations", "settings", "workers"),
+    "README.md": ("results", "operators", "sizes", "planners"),
+    "tests/studies/operators.md": ("settings", "ablations", "workers"),
     "tests/studies/planners.md": ("hard", "blueprints"),
     "tests/results/README.md": ("runs", "comparison", "checkpoints", "reliability"),
     "tests/results/situations.md": ("situations",),
@@ -601,36 +602,29 @@ def blueprints_table(planners: dict) -> str:
 
 def rows_by_name(operators: dict) -> dict[str, list[dict]]:
     """The runs of each operator, then those of the ablations."""
-    names = dict.fromkeys([*operators["seconds"], *(row["name"] for row in operators["rows"])])
-    found = {name: [row for row in operators["rows"] if row["name"] == name] for name in names}
-    return {name: rows for name, rows in found.items() if rows}
+    names = (*operators["seconds"], *operators["ablations"])
+    return {name: [row for row in operators["rows"] if row["name"] == name] for name in names}
 
 
-def lines_of_operators(operators: dict, found: dict[str, list[dict]]) -> str:
-    """A line each: means over seeds and, if there are several, their standard errors."""
-    heads = (f"{operators['minutes']:.0f} minutes of one core", "seeds", "iterations", "network alone", "filled")
-    lines = [f"| {' | '.join(heads)} | with 32-simulation search on top | filled |", "|---" * 7 + "|"]
+def lines_of_operators(operators: dict, names: Iterable[str]) -> str:
+    """A line each: means over seeds with their standard errors."""
+    heads = (f"{operators['minutes']:.0f} minutes of one core", "iterations", "network alone", "filled")
+    lines = [f"| {' | '.join(heads)} | with 32-simulation search on top | filled |", "|---" * 6 + "|"]
     keys = dict(greedy_avg_return=2, greedy_solved_rate=1, search_avg_return=3, search_solved_rate=1)
-    for name, rows in found.items():
-        cells = [name, f"{len(rows)}", f"{rows[0]['iterations']}"]
+    found = rows_by_name(operators)
+    for name in names:
+        cells = [name, f"{found[name][0]['iterations']}"]
         for key, digits in keys.items():
-            mean, error = mean_and_error([100 * row[key] for row in rows])
-            cells.append(f"{mean:.{digits}f}{f' ± {error:.{digits}f}' if len(rows) > 1 else ''} %")
+            mean, error = mean_and_error([100 * row[key] for row in found[name]])
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f} %")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def operators_table(operators: dict) -> str:
-    """The runs of all seeds."""
-    found = rows_by_name(operators)
-    return lines_of_operators(operators, {name: found[name] for name in operators["seconds"] if name in found})
-
-
 def ablations_table(operators: dict) -> str:
-    """Runs of one seed, each below the run that it changes."""
-    first = {row["name"]: [row] for row in operators["rows"] if row["seed"] == 0}
-    names = dict.fromkeys(name for pair in operators["ablations"].items() if pair[0] in first for name in pair[::-1])
-    return lines_of_operators(operators, {name: first[name] for name in names if name in first})
+    """Each below the operator that it changes."""
+    names = dict.fromkeys(name for pair in operators["ablations"].items() for name in pair[::-1])
+    return lines_of_operators(operators, names)
 
 
 def settings_table(operators: dict) -> str:
@@ -671,7 +665,7 @@ def tables() -> dict[str, str]:
         speed=speed_table(benchmark),
         growth=growth_table(read(GROWTH)),
         sizes=sizes_table(read(SIZES), read(EXACT)),
-        operators=operators_table(operators),
+        operators=lines_of_operators(operators, operators["seconds"]),
         ablations=ablations_table(operators),
         settings=settings_table(operators),
         workers=workers_table(operators),

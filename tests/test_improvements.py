@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import chex
 import jax
@@ -17,6 +18,7 @@ import train_ppo_binpack as ppo
 import train_search_distill_binpack as script
 
 ACTIONS = 3
+ORDER = (2, 0, 1)  # The action in each place of a node.
 NUM_STATES = sum(ACTIONS**depth for depth in range(4))  # A tree of three moves: state s leads to 3 s + 1, 2 and 3.
 
 
@@ -34,7 +36,7 @@ def toy(monkeypatch, config):
     logits = jnp.array(noise.normal(0, 0.2, (NUM_STATES, ACTIONS)), jnp.float32)
 
     def start(params, state, _):
-        return script.Node(jnp.arange(ACTIONS), logits[state.number], values[state.number], line=state.number), ()
+        return script.Node(jnp.array(ORDER), logits[state.number], values[state.number], line=state.number), ()
 
     def make_child(_, state, node, index, wanted):
         state = State(number=3 * state.number + 1 + index)
@@ -47,18 +49,25 @@ def toy(monkeypatch, config):
 
 
 def searched(make, config, key=0, **keys):
+    """What the operator returns at the root; for several keys, an array of each."""
     policy = make(None, None, config.model_copy(update=keys))
     state, observation = State(number=jnp.int32(0)), evaluate.Observation(*[None] * 7)
     memory = policy.start((), state, observation)
-    return jax.jit(policy.act)((), jax.random.PRNGKey(key), state, observation, memory)
+    act = jax.jit(lambda seed: policy.act((), jax.random.PRNGKey(seed), state, observation, memory))
+    return act(key) if jnp.ndim(key) == 0 else jax.vmap(act)(key)
 
 
-def test_treepi_backs_up_soft_values_as_brute_force_does(toy, monkeypatch):
-    """With every action sampled once at each node, and all nodes up to the depth reached."""
-    rewards, values, _, config = toy
+@pytest.fixture
+def each_once(monkeypatch):
+    """TreePI samples every action once at each node."""
     categorical = jax.random.categorical
-    each_once = lambda key, logits, shape=None: jnp.arange(ACTIONS) if shape else categorical(key, logits)
-    monkeypatch.setattr(jax.random, "categorical", each_once)
+    sample = lambda key, logits, shape=None: jnp.arange(ACTIONS) if shape else categorical(key, logits)
+    monkeypatch.setattr(jax.random, "categorical", sample)
+
+
+def test_treepi_backs_up_soft_values_as_brute_force_does(toy, each_once):
+    """With all nodes up to the depth reached."""
+    rewards, values, _, config = toy
     alpha = 0.2
 
     def q(state: int, depth: int) -> np.ndarray:
@@ -76,6 +85,31 @@ def test_treepi_backs_up_soft_values_as_brute_force_does(toy, monkeypatch):
         np.testing.assert_allclose(decision.value, soft_value(0, depth), rtol=1e-5)
 
 
+def test_treepi_follows_the_samples_in_proportion_to_exponentiated_values(toy, each_once):
+    """Of two rollouts the second looks below the best action alone, if the temperature is low."""
+    rewards, values, _, config = toy
+    q = (rewards + values)[1 : 1 + ACTIONS]
+    best = q.argmax()
+    below = 3 * (1 + best) + 1 + np.arange(ACTIONS)
+    alpha = 1e-3
+    soft = lambda q: q.max() + alpha * math.log(np.exp((q - q.max()) / alpha).mean())
+    q[best] = rewards[1 + best] + soft((rewards + values)[below])
+    for key in range(4):
+        keys = dict(num_sampled_actions=ACTIONS, num_simulations=2, search_depth=2, soft_temperature=alpha)
+        _, decision, _ = searched(script.make_treepi, config, key=key, **keys)
+        np.testing.assert_allclose(decision.value, soft(q), rtol=1e-5)
+
+
+def test_treepi_gives_no_weight_to_what_it_did_not_sample_and_acts_by_the_weights(toy):
+    keys = dict(num_sampled_actions=2, search_depth=1, soft_temperature=0.3)
+    action, decision, (node, _) = searched(script.make_treepi, toy[-1], key=jnp.arange(60), **keys)
+    taken, weights = np.asarray(decision.taken), np.asarray(decision.weights)
+    assert set((weights > 0).sum(-1)) == {1, 2} and (np.array(ORDER)[taken] == np.asarray(action)).all()
+    assert (np.asarray(node.line) == 1 + taken).all()
+    weight = np.take_along_axis(weights, taken[:, None], -1)[:, 0]
+    assert weight.min() > 0 and 0.0 < (weight < 0.5).mean() < 0.5
+
+
 def test_treepi_samples_from_the_policy_and_weighs_by_exponentiated_values(toy):
     """With many samples: the target is the policy times exp(Q / alpha), as in MPO."""
     rewards, values, logits, config = toy
@@ -84,8 +118,8 @@ def test_treepi_samples_from_the_policy_and_weighs_by_exponentiated_values(toy):
     children = 1 + np.arange(ACTIONS)
     expected = np.exp(logits[0] + (rewards[children] + values[children]) / 0.1)
     np.testing.assert_allclose(decision.weights, expected / expected.sum(), atol=0.02)
-    np.testing.assert_allclose(node.value, values[1 + int(action)], rtol=1e-6)
-    assert int(decision.taken) == int(action)
+    np.testing.assert_allclose(node.value, values[1 + int(decision.taken)], rtol=1e-6)
+    assert ORDER[int(decision.taken)] == int(action)
     assert lines.shape == (20_001,) and set(lines.tolist()) == {0, *children}  # Of every node, for the next search.
 
 
@@ -114,7 +148,7 @@ def test_alphazero_with_one_worker_is_muzero_policy_visit_for_visit(toy, seed):
     )
     action, decision, _ = searched(script.make_alphazero, config, key=seed, **keys)
     np.testing.assert_allclose(20 * decision.weights, 20 * expected.action_weights[0], atol=1e-4)
-    assert int(action) == int(expected.action[0])
+    assert int(action) == ORDER[int(expected.action[0])]
     np.testing.assert_allclose(decision.value, expected.search_tree.node_values[0, 0], rtol=1e-5)
 
 
@@ -191,7 +225,7 @@ def test_noise_goes_to_legal_actions_alone(toy, monkeypatch):
     for key in range(5):
         keys = dict(num_simulations=6, dirichlet_alpha=1e-3, dirichlet_fraction=1.0)
         _, decision, _ = searched(script.make_alphazero, toy[-1], key=key, **keys)
-        assert decision.weights[1] == 0.0 and np.isfinite(decision.weights).all()
+        assert decision.weights[ORDER.index(1)] == 0.0 and np.isfinite(decision.weights).all()
 
 
 def test_parallel_workers_are_those_of_a_slow_reference(toy, monkeypatch):
@@ -315,6 +349,17 @@ def test_the_kl_is_nothing_at_the_acting_policy_and_cispo_is_the_capped_policy_g
     np.testing.assert_allclose(total, policy_loss + 2.0 * kl, rtol=1e-3)
 
 
+def test_cispo_weighs_an_action_by_its_return_minus_the_acting_value(trajectory):
+    shape = trajectory.mask.shape
+    actions, ones, values = jnp.zeros((*shape, 1), jnp.int32), jnp.ones((*shape, 1)), jnp.full(shape, 0.25)
+    trajectory = trajectory._replace(decision=script.Decision(actions, ones, 0.0 * ones, actions[..., 0], values))
+    samples = script.make_samples(trajectory, script.Config(loss="cispo", kl_penalty=0.3), values)
+    returns = np.asarray(trajectory.reward)[:, ::-1].cumsum(1)[:, ::-1].reshape(-1)
+    np.testing.assert_allclose(samples.advantage, returns - 0.25, atol=1e-5)
+    np.testing.assert_allclose(samples.kl_weight, 0.3, rtol=1e-6)
+    assert not script.make_samples(trajectory, script.Config(kl_penalty=0.3)).kl_weight.any()
+
+
 def test_the_value_learns_what_the_search_found_if_asked(trajectory):
     shape = trajectory.mask.shape
     actions, ones, value = jnp.zeros((*shape, 1), jnp.int32), jnp.ones((*shape, 1)), jnp.full(shape, 0.25)
@@ -342,6 +387,51 @@ def test_the_multiplier_brings_the_kl_to_its_bound():
     np.testing.assert_allclose(policy_kl, 0.01, rtol=0.01)
 
 
+def test_a_larger_multiplier_keeps_an_iteration_nearer_to_the_acting_policy(env, network):
+    words = override("num_simulations=1", "max_policy_kl=0.005", "learning_rate=0.003")
+    config, _ = evaluate.parse_command_line(words, script.Config, script.PRESETS)
+    state = script.init_train_state(env, network, config)
+    iterate = jax.pmap(script.make_train_iteration(env, network, config), axis_name=script.DEVICES)
+
+    def policy_kl(multiplier):
+        *others, _ = state.opt_state.inner_state
+        opt_state = state.opt_state._replace(inner_state=(*others, jnp.float32(multiplier)))
+        _, metrics = iterate(evaluate.replicate(state._replace(opt_state=opt_state)))
+        return evaluate.host_copy(metrics)["train/policy_kl"]
+
+    assert policy_kl(1e3) < 0.5 * policy_kl(1e-3)
+
+
+def test_best_of_n_takes_the_first_sample_of_equal_episodes_and_greedy_play_where_it_is_better(config, monkeypatch):
+    """Where every order of the items packs the same, sums differ by rounding."""
+    sizes = jnp.array(np.random.default_rng(0).uniform(0.01, 0.1, 12), jnp.float32)
+    scores = jnp.linspace(1.0, 0.0, 12)
+    env = types.SimpleNamespace(generator=types.SimpleNamespace(max_num_items=13))
+
+    @chex.dataclass
+    class Items:
+        key: jax.Array
+        left: jax.Array
+
+    def step_flat(bonus, env, state, action):
+        reward = sizes[action] + bonus * (action == 12 - state.left.sum())
+        state = state.replace(left=state.left.at[action].set(False))
+        return state, types.SimpleNamespace(observation=state.left, reward=reward)
+
+    predict = lambda params, left: (jnp.where(left, scores, script.MASKED), 0.0)
+    monkeypatch.setattr(script, "make_predict", lambda *_: predict)
+    in_order = list(range(12))
+    for bonus in (0.0, 1.0):  # For an item that is taken when greedy play takes it.
+        monkeypatch.setattr(script, "step_flat", functools.partial(step_flat, bonus))
+        starts = [script.make_best_of_n(env, None, config.model_copy(update=dict(num_simulations=n))).start
+                  for n in (1, 32)]  # fmt: skip
+        for seed in range(4):
+            state = Items(key=jax.random.PRNGKey(seed), left=jnp.ones(12, bool))
+            (only, _, _), (actions, returns, _) = (jax.jit(start)((), state, state.left) for start in starts)
+            np.testing.assert_allclose(returns[0], sizes.sum() + 12 * bonus, rtol=1e-6)
+            assert actions.tolist() == only.tolist() and (actions.tolist() == in_order) == (bonus > 0)
+
+
 def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, config, params):
     """Against the same episodes played one by one."""
     count = 3
@@ -358,7 +448,7 @@ def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, conf
             for i in range(19):
                 logits, _ = predict(params, t.observation)
                 noise = jax.random.gumbel(jax.random.fold_in(key, i), logits.shape)
-                s, t = step(s, script.argmax(logits + noise * (number > 0)))
+                s, t = step(s, script.argmax(logits + noise * (number < count)))
                 total += float(t.reward)
             returns.append(total)
         memory, total = jax.jit(policy.start)(params, state, timestep.observation), 0.0
@@ -371,7 +461,7 @@ def test_best_of_n_plays_and_teaches_the_best_of_its_episodes(env, network, conf
             state, timestep = step(state, action)
             total += float(timestep.reward)
         np.testing.assert_allclose(total, max(returns), atol=1e-5)
-        greedy_is_best += returns[0] == max(returns)
+        greedy_is_best += returns[-1] == max(returns)
     assert greedy_is_best < 6
 
 
@@ -388,12 +478,12 @@ def test_each_operator_and_loss_trains(words, tmp_path):
     though they see the states under random permutations."""
     assert script.main([*override(*words.split(), "max_num_iters=2"), f"save_dir={tmp_path}"]) == 0
     (log,) = tmp_path.glob("BinPack-v2/*/seed_0/metrics.jsonl")
-    operator = re.findall(r"improvement=(\w+)", words)
-    assert log.parent.parent.name.startswith(f"{operator[0]}_nsim_" if operator else "nsim_")
+    (operator,) = re.findall(r"improvement=(\w+)", words)
+    assert log.parent.parent.name.startswith(f"{operator}_nsim_")
     rows = evaluate.read_log(log)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert all(math.isfinite(x) for row in rows for x in row.values()) and rows[-1]["train/grad_norm"] > 0
-    assert ("train/policy_kl" in rows[-1]) == ("learning_rate" in words)
+    assert ("train/policy_kl" in rows[-1]) == ("loss=cispo" in words or "max_policy_kl" in words)
     assert rows[-1].get("train/policy_kl", 0.0) < 1e-5
 
 
