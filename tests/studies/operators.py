@@ -4,10 +4,10 @@
     python tests/studies/operators.py draw     # only makes the picture, from the results that there are
 
 Each run is `preset=cpu` with the arm's words, on one core, for as many iterations as `MINUTES` allow; the learning rate
-decays over them. What an iteration takes is measured first, for all arms in a row, an arm a core and with nothing else
-on the machine: the mean over the second half of `TIMED` iterations, so without compilation. The runs themselves may
-share it then; what they took is in the results, too: `tests/studies/operators.json`. `tests/collect_results.py` makes
-the tables of them.
+decays over them. What an iteration takes is measured first, for all arms one after another, each on a core of its own
+and with nothing else on the machine: the mean over the second half of `TIMED` iterations, so without compilation. The
+runs themselves may share it; what they took is in the results, too: `tests/studies/operators.json`, of which
+`tests/collect_results.py` makes the tables.
 """
 
 import json
